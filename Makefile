@@ -1,0 +1,69 @@
+# The whole interface. `make help` lists the targets; RECIPE and SET choose the experiment:
+#   make train-student RECIPE=pipeline/recipes/quickstart.toml SET="training.max_steps=50 run.threads=2"
+RECIPE ?= pipeline/recipes/quickstart.toml
+SET    ?=
+PYTHON ?= python3
+
+# The stamp holds the extras that .venv was made with, so EXTRAS need be said once: make setup EXTRAS=gpu (or cpu,ray,export).
+INSTALLED := $(file < .venv/.stamp)
+EXTRAS    ?= $(or $(INSTALLED),cpu)
+RUN       := .venv/bin/python
+SETUP     := .venv/.stamp
+OPTIONS   := $(foreach pair,$(SET),--set '$(pair)')
+# The built-in collection is made only for a recipe that names it; a second call is a hit.
+PYDOCS    := data/collections/pydocs
+DATA      := $(if $(findstring $(PYDOCS),$(file < $(RECIPE)) $(SET)),data)
+BENCHES   := $(filter-out benchmarks/gpu_check.py,$(wildcard benchmarks/*.py))
+FAST      := not slow and not gpu and not network
+MARKS     ?= not gpu and not network
+
+.DEFAULT_GOAL := help
+.PHONY: setup data teacher-scores train-student evaluate report test test-all lint bench gpu-check clean help FORCE
+
+setup: $(SETUP) ## Make .venv with every pin of constraints.txt; EXTRAS=gpu for FAISS on GPUs (default cpu)
+
+# Other extras than before start from an empty environment: faiss-cpu and faiss-gpu overwrite each other's files.
+$(SETUP): pyproject.toml constraints.txt $(if $(and $(INSTALLED),$(filter-out $(INSTALLED),$(EXTRAS))),FORCE)
+	rm -f $@
+	$(PYTHON) -m venv $(if $(filter $(INSTALLED),$(EXTRAS)),,--clear) .venv
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev,quickstart,$(EXTRAS)]'
+	$(RUN) -m pip check
+	printf '%s' '$(EXTRAS)' > $@
+
+data: $(SETUP) ## Build the built-in collection data/collections/pydocs (a hit when it stands)
+	$(RUN) data/build_pydocs.py --out $(PYDOCS)
+
+teacher-scores: $(SETUP) $(DATA) ## Stage 1: candidates, score bank, score table of RECIPE
+	$(RUN) pipeline/teacher_scores.py $(RECIPE) $(OPTIONS)
+
+train-student: $(SETUP) $(DATA) ## Everything: data, stage 1 where missing, the student, its evaluation
+	$(RUN) pipeline/train_student.py $(RECIPE) $(OPTIONS)
+	$(RUN) pipeline/evaluate.py $(RECIPE) $(OPTIONS)
+
+evaluate: $(SETUP) $(DATA) ## Measure BM25, teachers, untrained and trained student
+	$(RUN) pipeline/evaluate.py $(RECIPE) $(OPTIONS)
+
+report: evaluate ## Print the table of metrics of RECIPE on the terminal (evaluates first where needed)
+
+test: $(SETUP) ## Fast tests: offline, CPU
+	$(RUN) -m pytest -m "$(FAST)"
+
+test-all: $(SETUP) ## Fast and slow tests (faults, end to end); MARKS="slow" for a part
+	$(RUN) -m pytest -m "$(MARKS)"
+
+lint: $(SETUP) ## ruff and mypy --strict
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+bench: $(SETUP) ## Every benchmark, on small sizes
+	$(or $(foreach script,$(BENCHES),$(RUN) $(script) --quick &&),) true
+
+gpu-check: $(SETUP) ## What can only be checked on a GPU
+	$(RUN) benchmarks/gpu_check.py
+
+clean: ## Remove build leftovers; keeps .venv, data/collections and data/cache (teacher scores are expensive)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests pipeline benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help: ## List the targets
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | awk -F'\t' '{ printf "  %-15s %s\n", $$1, $$2 }'
