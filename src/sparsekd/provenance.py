@@ -1,0 +1,47 @@
+"""What every manifest says about how it was made: the command, the versions, the machine's kind. No host, user or path."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_DISTRIBUTIONS = (
+    "sparsekd", "torch", "transformers", "sentence-transformers", "datasets", "accelerate", "pyarrow", "numpy", "faiss-cpu",
+    "faiss-gpu", "bm25s", "ir-measures",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of each library that can change a result, as installed."""
+    found = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def command(arguments: Sequence[str] | None = None) -> str:
+    """Return the command line that is running, the interpreter's and absolute script paths shortened to their names."""
+    argv = list(sys.argv if arguments is None else arguments)
+    script = Path(argv[0])
+    if script.is_absolute():
+        script = Path(*script.parts[-2:]) if script.parent.name == "pipeline" else Path(script.name)
+    return " ".join(["python", str(script), *argv[1:]])
+
+
+def provenance(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the fields that every stage adds to its manifest."""
+    return {
+        "command": command(),
+        "overrides": list(overrides),
+        "versions": versions(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
