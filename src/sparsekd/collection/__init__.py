@@ -1,0 +1,8 @@
+"""Collections: passages, queries and qrels read from the formats people have. One reader per format; no torch, no pandas.
+
+``beir`` holds the BEIR folder and what is kept of it; ``reading`` the lines, JSON objects and TSV rows beneath.
+"""
+
+from sparsekd.collection.beir import SPLITS, Collection, collection_digest, read_collection
+
+__all__ = ["SPLITS", "Collection", "collection_digest", "read_collection"]
