@@ -1,0 +1,11 @@
+"""What is known: raw teacher scores per (query, passage) and vectors per text, keyed by content, paid for once.
+
+``<cache>/bank/scores/<key>/`` holds one teacher, ``<cache>/bank/embeddings/<key>/`` one encoder; ``sparsekd bank`` looks after
+both. Any number of processes on one host may read and write at once. Imports no torch.
+"""
+
+from sparsekd.bank.embeddings import EmbeddingBank, Embeddings
+from sparsekd.bank.scores import ScoreBank, TeacherScores
+from sparsekd.bank.text_key import text_keys
+
+__all__ = ["EmbeddingBank", "Embeddings", "ScoreBank", "TeacherScores", "text_keys"]
