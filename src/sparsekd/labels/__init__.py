@@ -1,0 +1,1 @@
+"""From candidates and banked scores to the score table: which rows, calibrated how, in what contract. No torch."""

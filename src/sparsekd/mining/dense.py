@@ -1,0 +1,202 @@
+"""Exact dense search: FAISS flat indexes find, float64 arithmetic decides.
+
+A matrix product rounds differently with the number of queries in it (bit-equal scores in 18% of the cases, differences up to
+2e-6, measured with faiss 1.15.1), so FAISS only proposes a window a little deeper than asked. The window is scored again pair
+by pair and sorted by (score, passage_id): a query's result depends on no other query, thread count or device. Where the
+window may be too short for that (many equal passages), the query is scored against all passages.
+Q queries, P passages, D width, K search depth. Costs one float32 copy of the passage vectors inside FAISS.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsekd.mining.ranking import Positions, Scores, best_first, empty_block, id_ranks, to_ids
+
+Similarity = Literal["dot", "cosine", "euclidean", "manhattan"]
+
+_DISTRIBUTIONS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss-gpu-cu11", "faiss-gpu-cu12")
+_QUERY_BLOCK = 1024
+_PASSAGE_BLOCK = 65_536
+_SLACK = 64  # ranks fetched beyond the depth: rounding moves a passage by a rank or two, duplicates by their number
+_ROUNDING = 1e-5  # of |q|·|p|: five times the float32 rounding seen in products of width 1024
+_GPU_WINDOW = 2048  # FAISS selects at most this many per query on a GPU
+
+
+def dense_search(
+    query_vectors: NDArray[np.float32],
+    passage_vectors: NDArray[np.float32],
+    passage_ids: Sequence[str],
+    *,
+    similarity: Similarity,
+    depth: int,
+    device: str,
+) -> tuple[list[list[str]], list[Scores]]:
+    """Return each query's best ``depth`` passage_ids and float32 scores, ties by passage_id.
+
+    Vectors are float32 [Q, D] and [P, D]. Scores are dot products, cosines or negative Euclidean distances.
+    Raises ValueError for what ``DenseIndex`` refuses.
+    """
+    index = DenseIndex(passage_vectors, passage_ids, similarity=similarity, device=device)
+    return to_ids(*index.search_positions(query_vectors, depth), passage_ids)
+
+
+class DenseIndex:
+    """Passage vectors ready to be searched; keeps a reference to ``passage_vectors``, which may be memory-mapped.
+
+    Raises ValueError for an unsupported similarity, shapes that do not fit, non-finite vectors, a zero vector under cosine,
+    a CUDA device that FAISS cannot use, and a broken FAISS installation.
+    """
+
+    def __init__(
+        self, passage_vectors: NDArray[np.float32], passage_ids: Sequence[str], *, similarity: Similarity, device: str
+    ) -> None:
+        if similarity not in ("dot", "cosine", "euclidean"):
+            raise ValueError(
+                f"dense search: similarity {similarity!r} has no exact FAISS flat index here; "
+                "expected dot, cosine or euclidean; choose another encoder for this miner"
+            )
+        if passage_vectors.ndim != 2 or len(passage_vectors) != len(passage_ids) or not len(passage_ids):
+            raise ValueError(
+                f"dense search: passage vectors have shape {passage_vectors.shape} for {len(passage_ids)} passage_ids; "
+                "expected one row each and at least one"
+            )
+        self.passage_ids = passage_ids
+        self._similarity = similarity
+        self._vectors = passage_vectors
+        self._id_rank = id_ranks(passage_ids)
+        self._index, self._on_gpu = _flat_index(passage_vectors.shape[1], similarity, device)
+        self._longest = self._add_blocks()
+
+    def search_positions(self, query_vectors: NDArray[np.float32], depth: int) -> tuple[Positions, Scores]:
+        """Return int32 [Q, K] positions and float32 [Q, K] scores, K = min(depth, P); no filler, every place is a passage."""
+        if query_vectors.ndim != 2 or query_vectors.shape[1] != self._vectors.shape[1]:
+            raise ValueError(
+                f"dense search: query vectors have shape {query_vectors.shape}, passages have width {self._vectors.shape[1]}; "
+                "both must come from the same encoder"
+            )
+        if self._on_gpu and depth > _GPU_WINDOW - _SLACK:
+            limit = _GPU_WINDOW - _SLACK
+            raise ValueError(f"dense search: depth {depth} on a GPU, where {limit} is the limit; lower it or use --device cpu")
+        num_passages = len(self.passage_ids)
+        depth = min(depth, num_passages)
+        window = min(num_passages, depth + _SLACK)
+        positions_QK, scores_QK = empty_block(len(query_vectors), depth)
+        for start in range(0, len(query_vectors), _QUERY_BLOCK):
+            block = np.ascontiguousarray(query_vectors[start : start + _QUERY_BLOCK], dtype=np.float32)
+            lengths = _check_vectors(block, [f"query row {start + row}" for row in range(len(block))], self._similarity)
+            found, proposed = self._index.search(_unit(block, lengths) if self._similarity == "cosine" else block, window)
+            for row, query in enumerate(block):
+                hits = proposed[row]
+                if window < num_passages and not self._is_enough(found[row], depth, lengths[row]):
+                    hits = np.arange(num_passages)
+                best = best_first(hits, self.pair_scores(query, hits), self._id_rank, depth)
+                positions_QK[start + row], scores_QK[start + row] = best
+        return positions_QK, scores_QK
+
+    def pair_scores(self, query_vector: NDArray[np.float32], positions: NDArray[Any]) -> Scores:
+        """Return float32 [n]: the similarity of one query [D] to the passages at ``positions``, summed in float64."""
+        scores = np.empty(len(positions), dtype=np.float32)
+        query = query_vector.astype(np.float64)
+        for start in range(0, len(positions), _PASSAGE_BLOCK):
+            part = slice(start, start + _PASSAGE_BLOCK)
+            passages = np.asarray(self._vectors[positions[part]], dtype=np.float64)
+            if self._similarity == "euclidean":
+                scores[part] = -np.sqrt(((passages - query) ** 2).sum(axis=1))
+                continue
+            dots = (passages * query).sum(axis=1)
+            if self._similarity == "cosine":
+                dots /= np.sqrt((passages**2).sum(axis=1)) * np.sqrt((query**2).sum())
+            scores[part] = dots
+        return scores
+
+    def _is_enough(self, found: Scores, depth: int, length: float) -> bool:
+        """Whether no passage outside the window can belong to the best ``depth``, rounding considered."""
+        spread = {"cosine": 1.0, "dot": length * self._longest, "euclidean": (length + self._longest) ** 2}[self._similarity]
+        # FAISS gives ascending squared distances for euclidean, descending products otherwise
+        return bool(abs(float(found[-1]) - float(found[depth - 1])) > 2 * _ROUNDING * spread)
+
+    def _add_blocks(self) -> float:
+        """Check and index all passages; return the greatest Euclidean length."""
+        longest = 0.0
+        for start in range(0, len(self._vectors), _PASSAGE_BLOCK):
+            block = np.ascontiguousarray(self._vectors[start : start + _PASSAGE_BLOCK], dtype=np.float32)
+            lengths = _check_vectors(block, self.passage_ids[start : start + len(block)], self._similarity)
+            self._index.add(_unit(block, lengths) if self._similarity == "cosine" else block)
+            longest = max(longest, float(lengths.max()))
+        return longest
+
+
+def _flat_index(width: int, similarity: Similarity, device: str) -> tuple[Any, bool]:
+    """An empty exact index on the device asked for, and whether that is a GPU."""
+    faiss = load_faiss()
+    index = faiss.IndexFlatL2(width) if similarity == "euclidean" else faiss.IndexFlatIP(width)
+    if not device.startswith("cuda"):
+        return index, False
+    num_gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+    number = int(device.partition(":")[2] or 0)
+    if num_gpus == 0 or number >= num_gpus:
+        raise ValueError(
+            f"[run] device = {device!r}, but FAISS sees {num_gpus} GPUs ({', '.join(installed_faiss()) or 'faiss'}); "
+            "use --device cpu, or install faiss-gpu in place of faiss-cpu: a fresh environment with make setup EXTRAS=gpu"
+        )
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), number, index), True
+
+
+def installed_faiss() -> list[str]:
+    """Return the installed distributions that own the package ``faiss``."""
+    installed = []
+    for name in _DISTRIBUTIONS:
+        try:
+            installed.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def load_faiss() -> Any:
+    """Import faiss; ValueError if none is installed or two distributions overwrote each other's files."""
+    check_one_faiss(installed_faiss())
+    try:
+        return importlib.import_module("faiss")
+    except (ImportError, RuntimeError) as error:  # faiss-gpu without its CUDA wheels raises RuntimeError
+        raise ValueError(
+            f"dense search needs FAISS, but import faiss failed ({error}); install faiss-cpu or faiss-gpu"
+        ) from error
+
+
+def check_one_faiss(installed: Sequence[str]) -> None:
+    """Raise ValueError if more than one distribution owns the folder ``faiss``: the later one damaged the earlier one."""
+    if len(installed) > 1:
+        raise ValueError(
+            f"{' and '.join(installed)} are both installed and share the folder faiss, so one of them is damaged; "
+            "uninstall all of them, then install one"
+        )
+
+
+def _check_vectors(vectors: NDArray[np.float32], names: Sequence[str], similarity: Similarity) -> NDArray[np.float64]:
+    """Euclidean lengths [n] of finite vectors; ValueError naming the first that is not finite, or zero under cosine."""
+    lengths: NDArray[np.float64] = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
+    bad = np.flatnonzero(~np.isfinite(lengths))
+    if bad.size:
+        raise ValueError(
+            f"dense search: {bad.size} of {len(vectors)} vectors are not finite (first: {names[bad[0]]}); "
+            'try dtype = "float32" for this encoder'
+        )
+    zero = np.flatnonzero(lengths == 0)
+    if zero.size and similarity == "cosine":
+        raise ValueError(
+            f"dense search: {zero.size} of {len(vectors)} vectors are zero (first: {names[zero[0]]}), which have no cosine; "
+            "check the encoder and the text"
+        )
+    return lengths
+
+
+def _unit(vectors: NDArray[np.float32], lengths: NDArray[np.float64]) -> NDArray[np.float32]:
+    return (vectors / lengths[:, None]).astype(np.float32)

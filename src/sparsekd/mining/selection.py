@@ -1,0 +1,114 @@
+"""Mining policy on ranked lists, free of search, texts on disk and artifacts: which proposals become candidates.
+
+Miners are asked in order. From each ranked list are taken out, in this order: the leading ``skip`` ranks, judged positives,
+passages whose text equals a positive's, passages an earlier miner contributed or filtered, passages whose text equals a kept
+candidate's, and likely false negatives; the rest fills the quota in rank order. Every proposal ends as kept or under exactly
+one reason of ``REASONS``. The rows of a query depend on that query alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from sparsekd.recipe import NegativeFilter
+
+REASONS = (
+    "dropped_skipped_rank",
+    "dropped_positive",
+    "dropped_positive_text",
+    "dropped_duplicate_candidate",
+    "dropped_duplicate_text",
+    "dropped_filter",
+    "dropped_over_quota",
+)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What one miner returned for one query, best first."""
+
+    miner: str
+    quota: int
+    skip: int
+    passage_ids: Sequence[str]
+    scores: Sequence[float]
+    ceiling: float
+    """Candidates scoring above it are likely false negatives; infinity keeps all."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kept proposal; rank 1 is the miner's best."""
+
+    passage_id: str
+    miner: str
+    score: float
+    rank: int
+
+
+def ceiling_of(weakest_positive: float, negative_filter: NegativeFilter) -> float:
+    """Return the score above which a candidate is dropped, given the score of the query's weakest positive.
+
+    The lower of positive − absolute_margin and positive − relative_margin · |positive|; infinity without margins.
+
+    >>> ceiling_of(-4.0, NegativeFilter(relative_margin=0.5))
+    -6.0
+    """
+    ceilings = [float("inf")]
+    if negative_filter.absolute_margin is not None:
+        ceilings.append(weakest_positive - negative_filter.absolute_margin)
+    if negative_filter.relative_margin is not None:
+        ceilings.append(weakest_positive - negative_filter.relative_margin * abs(weakest_positive))
+    return min(ceilings)
+
+
+def has_margin(negative_filter: NegativeFilter) -> bool:
+    """Whether the filter can drop anything."""
+    return negative_filter.absolute_margin is not None or negative_filter.relative_margin is not None
+
+
+def select_candidates(
+    proposals: Sequence[Proposal], positive_ids: Collection[str], texts: Mapping[str, str]
+) -> tuple[list[Candidate], Counter[str]]:
+    """Return one query's candidates, miner by miner in rank order, and counts: proposed, kept and every reason.
+
+    ``positive_ids`` are all judged positives, also those not scored; ``texts`` maps every proposed passage_id and positive.
+    """
+    positives = frozenset(positive_ids)
+    positive_texts = {texts[passage_id] for passage_id in positives}
+    kept: list[Candidate] = []
+    seen_ids: set[str] = set()
+    kept_texts: set[str] = set()
+    counts: Counter[str] = Counter()
+
+    def reason(proposal: Proposal, position: int, num_kept: int) -> str | None:
+        passage_id = proposal.passage_ids[position]
+        if position < proposal.skip:
+            return "dropped_skipped_rank"
+        if passage_id in positives:
+            return "dropped_positive"
+        if texts[passage_id] in positive_texts:
+            return "dropped_positive_text"
+        if passage_id in seen_ids:
+            return "dropped_duplicate_candidate"
+        if texts[passage_id] in kept_texts:
+            return "dropped_duplicate_text"
+        if proposal.scores[position] > proposal.ceiling:
+            seen_ids.add(passage_id)  # the first miner to propose it decides: a later one cannot bring it back
+            return "dropped_filter"
+        return "dropped_over_quota" if num_kept == proposal.quota else None
+
+    for proposal in proposals:
+        num_kept = 0
+        for position, passage_id in enumerate(proposal.passage_ids):
+            dropped = reason(proposal, position, num_kept)
+            counts[dropped or "kept"] += 1
+            if dropped is None:
+                kept.append(Candidate(passage_id, proposal.miner, float(proposal.scores[position]), position + 1))
+                seen_ids.add(passage_id)
+                kept_texts.add(texts[passage_id])
+                num_kept += 1
+        counts["proposed"] += len(proposal.passage_ids)
+    return kept, counts

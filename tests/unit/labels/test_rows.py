@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sparsekd.labels.rows import choose_rows, filter_pairs, filtering_teacher
+
+BY_JUDGE = {"by": "judge", "absolute_margin": 1.0}
+
+
+def test_each_positive_gives_a_row_with_itself_first_and_the_querys_negatives(make_recipe: Any, candidate_row: Any) -> None:
+    rows = choose_rows(make_recipe(), [candidate_row("q0", "xy", bm25="abc"), candidate_row("q1", "z", bm25="de")])
+
+    assert rows.query_ids == ["q0", "q0", "q1"]
+    assert rows.passage_ids == [["x", "a", "b"], ["y", "a", "b"], ["z", "d", "e"]]
+
+
+def test_top_interleaves_the_miners_by_rank(make_recipe: Any, candidate_row: Any) -> None:
+    row = candidate_row("q0", "x", bm25="abcd", dense="ef")
+
+    rows = choose_rows(make_recipe({"num_negatives": 5}), [row])
+
+    assert rows.passage_ids == [["x", "a", "e", "b", "f", "c"]]
+
+
+def test_random_draws_without_repeats_and_by_seed(make_recipe: Any, candidate_row: Any) -> None:
+    row = candidate_row("q0", "x", bm25="abcdefghijklmnop")
+
+    draws = [
+        tuple(choose_rows(make_recipe({"selection": "random", "num_negatives": 5, "seed": seed}), [row]).passage_ids[0][1:])
+        for seed in (0, 0, 1, 2)
+    ]
+
+    assert draws[0] == draws[1]
+    assert len(set(draws)) == 3
+    for draw in draws:
+        assert len(set(draw)) == 5
+        assert set(draw) <= set(row.passage_ids)
+
+
+def test_random_draws_differ_between_queries_and_reach_every_candidate(make_recipe: Any, candidate_row: Any) -> None:
+    recipe = make_recipe({"selection": "random", "num_negatives": 1})
+
+    rows = choose_rows(recipe, [candidate_row(f"q{number}", "x", bm25="abcd") for number in range(200)])
+
+    drawn = [passages[1] for passages in rows.passage_ids]
+    assert all(30 <= drawn.count(letter) <= 70 for letter in "abcd")
+
+
+@pytest.mark.parametrize("selection", ["top", "random"])
+def test_adding_a_query_changes_no_other_row(make_recipe: Any, candidate_row: Any, selection: str) -> None:
+    recipe = make_recipe({"selection": selection})
+    first, second = candidate_row("q0", "x", bm25="abcd", dense="ef"), candidate_row("q1", "y", bm25="abcd", dense="ef")
+
+    together = choose_rows(recipe, [first, second]).passage_ids
+
+    assert together == choose_rows(recipe, [first]).passage_ids + choose_rows(recipe, [second]).passage_ids
+
+
+def test_too_few_negatives_drop_the_rows_of_a_query_and_count_them(make_recipe: Any, candidate_row: Any) -> None:
+    rows = choose_rows(make_recipe(), [candidate_row("q0", "xyz", bm25="a"), candidate_row("q1", "w", bm25="ab")])
+
+    assert rows.query_ids == ["q1"]
+    assert rows.dropped == {"too_few_negatives": 3}
+
+
+def test_no_row_left_is_refused_with_what_to_do(make_recipe: Any, candidate_row: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"num_negatives = 2: none of 1 rows has as many candidates left \(0 candidates filtered\); "
+    ):
+        choose_rows(make_recipe(), [candidate_row("q0", "x", bm25="a")])
+
+
+def test_pairs_are_those_of_the_rows_each_once(make_recipe: Any, candidate_row: Any) -> None:
+    rows = choose_rows(make_recipe(), [candidate_row("q0", "xy", bm25="abcd")])
+
+    assert list(zip(*rows.pairs(), strict=True)) == [("q0", "x"), ("q0", "a"), ("q0", "b"), ("q0", "y")]
+
+
+def test_a_filtering_teacher_must_know_every_candidate(make_recipe: Any, candidate_row: Any) -> None:
+    assert filter_pairs([candidate_row("q0", "xy", bm25="ab")]) == (["q0"] * 4, ["x", "y", "a", "b"])
+    assert filtering_teacher(make_recipe(negative_filter=BY_JUDGE)) == "judge"
+    assert filtering_teacher(make_recipe(negative_filter={"by": "judge"})) is None
+    assert filtering_teacher(make_recipe(negative_filter={"absolute_margin": 1.0})) is None
+
+
+def test_the_teachers_weakest_positive_sets_the_ceiling_for_all_rows_of_the_query(
+    make_recipe: Any, candidate_row: Any, known_scores: Any
+) -> None:
+    scores = {"x": 9.0, "y": 5.0, "a": 4.5, "b": 4.0, "c": 3.0, "d": -2.0}
+    gold_sim = known_scores({"judge": {("q0", passage_id): score for passage_id, score in scores.items()}})
+
+    rows = choose_rows(make_recipe(negative_filter=BY_JUDGE), [candidate_row("q0", "xy", bm25="abcd")], gold_sim)
+
+    assert rows.passage_ids == [["x", "b", "c"], ["y", "b", "c"]]  # a is above 5 − 1, b at it
+    assert rows.candidates_dropped_filter == 1
+
+
+def test_a_relative_margin_is_right_for_negative_logits(make_recipe: Any, candidate_row: Any, known_scores: Any) -> None:
+    scores = {"x": -8.0, "a": -9.0, "b": -10.0, "c": -11.0}
+    gold_sim = known_scores({"judge": {("q0", passage_id): score for passage_id, score in scores.items()}})
+    recipe = make_recipe(negative_filter={"by": "judge", "relative_margin": 0.25})
+
+    rows = choose_rows(recipe, [candidate_row("q0", "x", bm25="abc")], gold_sim)
+
+    assert rows.passage_ids == [["x", "b", "c"]]
+
+
+def test_a_filter_without_scores_is_refused(make_recipe: Any, candidate_row: Any, known_scores: Any) -> None:
+    recipe, candidates = make_recipe(negative_filter=BY_JUDGE), [candidate_row("q0", "x", bm25="ab")]
+
+    with pytest.raises(
+        ValueError, match=r"2 of 3 pairs have no finite gold_sim by teacher 'judge' \(first: query 'q0', passage 'a'\)"
+    ):
+        choose_rows(recipe, candidates, known_scores({"judge": {("q0", "x"): 1.0}}))
+    with pytest.raises(ValueError, match="by = 'judge' needs that teacher's scores; none were given"):
+        choose_rows(recipe, candidates)
