@@ -1,0 +1,28 @@
+"""Order and batches of texts for a padded model: longest first, a token budget per batch, little padding. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK = 1024
+"""Texts or pairs handed to a model at once: small enough for a progress line every half minute on two cores (40 pairs/s), large
+enough that sorting by token length inside a block leaves about 1% padding."""
+
+
+def length_batches(lengths: NDArray[np.int64], batch_tokens: int) -> Iterator[NDArray[np.int64]]:
+    """Yield positions in batches whose padded size, count x longest, is at most ``batch_tokens``; a longer text goes alone.
+
+    Longest first, so that a batch too large for the device shows at once; ties in input order, so batches are reproducible.
+
+    >>> [batch.tolist() for batch in length_batches(np.array([2, 9, 3, 3]), 9)]
+    [[1], [2, 3, 0]]
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        count = max(1, batch_tokens // max(1, int(lengths[order[start]])))
+        yield order[start : start + count]
+        start += count

@@ -1,0 +1,100 @@
+"""What decides a teacher's outputs, as JSON-able fields: the key under which its vectors and scores are banked.
+
+In: digests of weights, tokenizer and configuration, length limit, prompts, precision, similarity or activation, backend, and
+the version of this code. Out: names, paths, device, batch sizes, threads. One model is one encoder whether it mines or teaches.
+Imports no torch, so a full cache hit is known in the time it takes to hash the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from sparsekd.model_reference import resolve, weights_identity
+from sparsekd.recipe import EncoderSpec, Teacher
+from sparsekd.teachers.protocols import Similarity
+
+# Raise a version when a change to this room changes scores beyond float rounding: what the old one banked is then not used.
+DENSE_STAGE = "teachers/dense v1"
+CROSS_ENCODER_STAGE = "teachers/cross-encoder v1"
+
+
+def encoder_identity(spec: EncoderSpec) -> dict[str, Any]:
+    """Return the identity of a dense bi-encoder; ValueError if the folder holds another kind of model."""
+    folder = resolve(spec.model).path
+    _refuse_other_kind(spec.model, folder)
+    return {"stage": DENSE_STAGE, "kind": "dense", "similarity": declared_similarity(folder), **_common_fields(spec, folder)}
+
+
+def teacher_identity(teacher: Teacher) -> dict[str, Any]:
+    """Return the identity of a teacher; a dense one has its encoder's."""
+    if teacher.kind == "dense":
+        return encoder_identity(teacher)
+    folder = resolve(teacher.model).path
+    return {
+        "stage": CROSS_ENCODER_STAGE,
+        "kind": "cross-encoder",
+        "activation": "identity",
+        **_common_fields(teacher, folder),
+    }
+
+
+def declared_similarity(folder: Path) -> Similarity:
+    """Return the similarity a saved model declares; cosine where it declares none, as sentence-transformers has it."""
+    declared = _read_json(folder / "config_sentence_transformers.json").get("similarity_fn_name") or "cosine"
+    if declared not in get_args(Similarity):
+        raise ValueError(
+            f"{folder / 'config_sentence_transformers.json'}: similarity_fn_name is {declared!r}; expected one of "
+            f"{', '.join(get_args(Similarity))}; a late-interaction model is not a dense bi-encoder"
+        )
+    return cast(Similarity, declared)
+
+
+def _common_fields(spec: EncoderSpec, folder: Path) -> dict[str, Any]:
+    weights = weights_identity(folder)
+    _refuse_parts_elsewhere(spec, folder)
+    return {
+        "weights": weights,
+        "max_length": spec.max_length,  # None: the model's own limit, which the digests of its configuration fix
+        "query_prompt": spec.query_prompt,
+        "passage_prompt": spec.passage_prompt,
+        "dtype": spec.dtype,
+        "backend": "torch",
+        "trust_remote_code": spec.trust_remote_code,
+    }
+
+
+def _refuse_parts_elsewhere(spec: EncoderSpec, folder: Path) -> None:
+    """Refuse a folder that takes its tokenizer or its code from another place: its digests would not cover them."""
+    tokenizer = _read_json(folder / "sentence_bert_config.json").get("tokenizer_name_or_path")
+    if tokenizer:
+        raise ValueError(
+            f"model {spec.model!r}: {folder / 'sentence_bert_config.json'} takes the tokenizer from {tokenizer!r}; "
+            "expected it in the model's folder, where its bytes are part of the key; save the model again with its tokenizer"
+        )
+    code = [place for place in _read_json(folder / "config.json").get("auto_map", {}).values() if "--" in str(place)]
+    if spec.trust_remote_code and code:
+        raise ValueError(
+            f"model {spec.model!r}: {folder / 'config.json'} takes its code from {code[0]!r}; expected it in the model's "
+            "folder, where its bytes are part of the key; copy the code there and drop the part before -- in auto_map"
+        )
+
+
+def _refuse_other_kind(reference: str, folder: Path) -> None:
+    kind = _read_json(folder / "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
+    architecture = (_read_json(folder / "config.json").get("architectures") or [""])[0]
+    if kind == "SentenceTransformer" and not (folder / "modules.json").exists() and "ForSequenceClassification" in architecture:
+        kind = architecture
+    if kind != "SentenceTransformer":
+        raise ValueError(
+            f"model {reference!r}: {folder} holds a {kind}; expected a dense bi-encoder; "
+            'for a cross-encoder say kind = "cross-encoder"'
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object, or {} where there is no such file."""
+    if not path.is_file():
+        return {}
+    return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,53 @@
+"""The two things a teacher can be: an Encoder of texts and a Scorer of pairs. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Role = Literal["query", "passage"]
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
+
+
+class Encoder(Protocol):
+    """Turns texts into vectors; its identity holds ``query_prompt`` and ``passage_prompt``."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that can change a vector, JSON-able; the key of the embedding bank."""
+
+    @property
+    def similarity(self) -> Similarity:
+        """The model's own similarity of two vectors."""
+
+    @property
+    def dimension(self) -> int:
+        """Width D of a vector; loads the model."""
+
+    @property
+    def num_truncated(self) -> int:
+        """Texts cut to the length limit since the encoder was made."""
+
+    def encode(self, texts: Sequence[str], *, role: Role) -> NDArray[np.float32]:
+        """Return float32 [n, D] in input order, normalised only if the model itself does so; ValueError if not finite."""
+
+    def score_vectors(self, query_vectors: NDArray[np.float32], passage_vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return float32 [n]: the similarity of row i with row i; distances negated."""
+
+
+class Scorer(Protocol):
+    """Turns (query, passage) pairs into gold_sim."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that can change a score, JSON-able; the key of the score bank."""
+
+    @property
+    def num_truncated(self) -> int:
+        """Pairs cut to the length limit since the scorer was made."""
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
+        """Return float32 [n], raw, in input order; ValueError if not finite."""

@@ -1,0 +1,178 @@
+"""Stage 1's work: ask the score bank about every pair, send only the unknown ones to the teacher, commit shard by shard.
+
+Pairs are taken over all queries at once, made unique by content, and sorted longest first with ties by content, so that batches
+hold texts of near-equal length and a run resumed after a crash forms the batches the uninterrupted one would have formed. The
+teacher's model is loaded only if a pair is missing. A crash loses at most one shard of ``run.shard_pairs`` pairs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsekd.bank.embeddings import EmbeddingBank
+from sparsekd.bank.scores import TeacherScores
+from sparsekd.bank.text_key import text_keys
+from sparsekd.recipe import Run, Teacher
+from sparsekd.teachers.batching import BLOCK
+from sparsekd.teachers.cross_encoder import CrossEncoderScorer
+from sparsekd.teachers.dense import DenseEncoder
+from sparsekd.teachers.embedding import banked_vectors
+from sparsekd.teachers.keys import unique_keys
+from sparsekd.teachers.progress import progress
+from sparsekd.teachers.protocols import Encoder, Role, Scorer
+
+_log = logging.getLogger(__name__)
+
+Positions = NDArray[np.int64]
+GoldSim = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class PairTexts:
+    """Pairs to score: pair i is (queries[query_index[i]], passages[passage_index[i]]); repeats are allowed."""
+
+    queries: Sequence[str]
+    passages: Sequence[str]
+    query_index: NDArray[np.int32]
+    passage_index: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class ScoringCounts:
+    """What was asked and done, for a manifest and the last log line; pairs are unique by content."""
+
+    pairs: int
+    pairs_scored: int
+    pairs_reused: int
+    num_truncated: int
+    """Pairs (cross-encoder) or texts (dense) cut to the length limit, among those computed now."""
+
+
+def bank_scores(
+    teacher: Teacher, run: Run, scores: TeacherScores, embeddings: EmbeddingBank, texts: PairTexts
+) -> ScoringCounts:
+    """Append the gold_sim of every unknown pair to ``scores``; a dense teacher's vectors go to ``embeddings`` too.
+
+    ``scores`` must be open under ``teacher_identity(teacher)``. Raises ValueError, banking nothing of the shard, if the teacher
+    gives a score that is not finite.
+    """
+    if teacher.kind == "dense":
+        return bank_similarities(DenseEncoder(teacher, run), teacher.name, run, scores, embeddings, texts)
+    return bank_scorer(CrossEncoderScorer(teacher, run), teacher.name, run, scores, texts)
+
+
+def bank_scorer(scorer: Scorer, name: str, run: Run, scores: TeacherScores, texts: PairTexts) -> ScoringCounts:
+    """Fill ``scores`` from any Scorer; ``name`` is for the log."""
+    pairs = _look_up(scores, texts)
+
+    def score(block: Positions) -> GoldSim:
+        return scorer.score([pairs.texts_of(position) for position in block])
+
+    _commit_shards(pairs, score, name, run, scores)
+    return _counts(pairs, scorer.num_truncated)
+
+
+def bank_similarities(
+    encoder: Encoder, name: str, run: Run, scores: TeacherScores, embeddings: EmbeddingBank, texts: PairTexts
+) -> ScoringCounts:
+    """Fill ``scores`` from an Encoder: each text of an unknown pair is encoded once, through ``embeddings``."""
+    pairs = _look_up(scores, texts)
+    queries, passages = pairs.queries[pairs.missing], pairs.passages[pairs.missing]
+    if len(pairs.missing):
+        query_vectors, query_row = _vectors_of(encoder, embeddings, texts.queries, queries, "query", run.shard_pairs)
+        passage_vectors, passage_row = _vectors_of(encoder, embeddings, texts.passages, passages, "passage", run.shard_pairs)
+
+    def score(block: Positions) -> GoldSim:
+        left, right = query_row[pairs.queries[block]], passage_row[pairs.passages[block]]
+        return encoder.score_vectors(query_vectors[left], passage_vectors[right])
+
+    _commit_shards(pairs, score, name, run, scores)
+    return _counts(pairs, encoder.num_truncated)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The unique pairs in order of their keys, what the bank knew of them, and which it did not."""
+
+    texts: PairTexts
+    queries: Positions
+    """Place in texts.queries of each unique pair's query."""
+    passages: Positions
+    query_keys: NDArray[np.uint64]
+    passage_keys: NDArray[np.uint64]
+    gold_sim: GoldSim
+    """NaN where unknown; filled while scoring."""
+    missing: Positions
+    """Positions of the unknown pairs, in scoring order."""
+
+    def texts_of(self, position: int) -> tuple[str, str]:
+        return self.texts.queries[self.queries[position]], self.texts.passages[self.passages[position]]
+
+
+def _look_up(scores: TeacherScores, texts: PairTexts) -> _Pairs:
+    query_keys, query_first, query_rank = unique_keys(text_keys(texts.queries))
+    passage_keys, passage_first, passage_rank = unique_keys(text_keys(texts.passages))
+    # One integer per pair, ordered by query key, then passage key: the order the bank is fastest in.
+    width = max(1, len(passage_keys))
+    query_of, passage_of = np.divmod(
+        np.unique(query_rank[texts.query_index] * width + passage_rank[texts.passage_index]), width
+    )
+    queries, passages = query_first[query_of], passage_first[passage_of]
+    gold_sim = scores.lookup(query_keys[query_of], passage_keys[passage_of])
+    missing = np.flatnonzero(np.isnan(gold_sim))
+    # Characters stand for tokens here; the teacher sorts each block by tokens. A stable sort leaves ties in order of keys.
+    length = _characters(texts.queries)[queries[missing]] + _characters(texts.passages)[passages[missing]]
+    missing = missing[np.argsort(-length, kind="stable")]
+    return _Pairs(texts, queries, passages, query_keys[query_of], passage_keys[passage_of], gold_sim, missing)
+
+
+def _characters(texts: Sequence[str]) -> Positions:
+    return np.array([len(text) for text in texts], dtype=np.int64)
+
+
+def _vectors_of(
+    encoder: Encoder, embeddings: EmbeddingBank, texts: Sequence[str], places: Positions, role: Role, shard_texts: int
+) -> tuple[NDArray[np.float32], Positions]:
+    """Return the vectors of the texts at ``places``, each once, and the row of each place."""
+    used = np.unique(places)
+    row_by_place = np.full(len(texts), -1, dtype=np.int64)
+    row_by_place[used] = np.arange(len(used))
+    return banked_vectors(encoder, embeddings, [texts[place] for place in used], role, shard_texts), row_by_place
+
+
+def _commit_shards(pairs: _Pairs, score: Callable[[Positions], GoldSim], name: str, run: Run, scores: TeacherScores) -> None:
+    """Score the missing pairs block by block, append them shard by shard, and log counts, rate and range."""
+    total, todo = len(pairs.gold_sim), len(pairs.missing)
+    started = time.monotonic()
+    with progress(f"{name}, {(total - todo) / max(1, total):.0%} of {total} reused", total=todo, unit="pairs") as bar:
+        for start in range(0, todo, run.shard_pairs):
+            shard = pairs.missing[start : start + run.shard_pairs]
+            for begin in range(0, len(shard), BLOCK):
+                block = shard[begin : begin + BLOCK]
+                pairs.gold_sim[block] = score(block)
+                bar.update(len(block))
+            _append(pairs, shard, scores)
+    rate = todo / max(time.monotonic() - started, 1e-9)
+    _log.info("teacher %s: %d pairs, scored %d, reused %d, %.1f pairs/s", name, total, todo, total - todo, rate)
+    if total:
+        low, mean, high = pairs.gold_sim.min(), pairs.gold_sim.mean(dtype=np.float64), pairs.gold_sim.max()
+        _log.info("teacher %s: gold_sim min %.4f, mean %.4f, max %.4f", name, low, mean, high)
+
+
+def _append(pairs: _Pairs, shard: Positions, scores: TeacherScores) -> None:
+    def describe(row: int) -> str:
+        query, passage = pairs.texts_of(int(shard[row]))
+        return f"query {query[:80]!r}, passage {passage[:80]!r}"
+
+    scores.append(pairs.query_keys[shard], pairs.passage_keys[shard], pairs.gold_sim[shard], describe=describe)
+
+
+def _counts(pairs: _Pairs, num_truncated: int) -> ScoringCounts:
+    total, scored = len(pairs.gold_sim), len(pairs.missing)
+    return ScoringCounts(pairs=total, pairs_scored=scored, pairs_reused=total - scored, num_truncated=num_truncated)
