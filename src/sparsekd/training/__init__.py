@@ -1,0 +1,1 @@
+"""Stage 2: a student learns a score table."""
