@@ -1,0 +1,79 @@
+"""The plan in words: what is there, what is missing and why, what it would cost. Loads no model and no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sparsekd.artifact import key_of, nearest
+from sparsekd.bank.scores import ScoreBank
+from sparsekd.collection.beir import read_collection
+from sparsekd.labels.banked import BankedScores
+from sparsekd.labels.rows import filter_pairs
+from sparsekd.mining.candidates import Candidates
+from sparsekd.plan import Plan
+
+_BYTES_PER_PAIR = 24  # two references to 16-byte keys, a float32, and Arrow's padding, as measured on banks of 10^5 pairs and more
+_FIELDS_SHOWN = 6
+
+
+def describe_plan(plan: Plan, kinds: Sequence[str]) -> str:
+    """Return the plan of ``kinds`` as text: each artifact's key, hit or miss with the reason, pairs, disk, order of work."""
+    lines = [f"recipe: collection {plan.recipe.collection.path}, cache {plan.recipe.run.cache}"]
+    missing = []
+    for kind, fields in plan.artifacts(kinds):
+        hit = plan.hit(kind, fields)
+        lines.append(f"{kind:<12} {key_of(fields)}  {'hit' if hit else 'miss'}")
+        if hit is None:
+            missing.append(kind)
+            lines += _why(plan, kind, fields)
+    if "tables" in kinds and "tables" in missing:
+        lines += _pairs(plan)
+    lines.append("order of work: " + (" -> ".join(missing) if missing else "nothing to do"))
+    return "\n".join(lines)
+
+
+def _why(plan: Plan, kind: str, fields: Mapping[str, Any]) -> list[str]:
+    """Name the fields in which the nearest existing artifact of the kind differs."""
+    found = nearest(plan.cache / kind, fields)
+    if found is None:
+        return [f"             no {kind} made yet"]
+    folder, changed = found
+    shown = [
+        f"             differs from {folder.name} in {name}: {theirs!r} -> {ours!r}" for name, (theirs, ours) in changed.items()
+    ]
+    more = len(shown) - _FIELDS_SHOWN
+    return shown[:_FIELDS_SHOWN] + ([f"             and {more} more fields"] if more > 0 else [])
+
+
+def _pairs(plan: Plan) -> list[str]:
+    """Count pairs wanted and banked: exactly where the candidates are there, else by the quotas."""
+    section = plan.recipe.collection
+    collection = read_collection(
+        plan.collection_folder, max_passages=section.max_passages, max_train_queries=section.max_train_queries
+    )
+    bank = ScoreBank(plan.cache / "bank")
+    scores = {name: bank.open(identity) for name, identity in plan.teacher_identities.items()}
+    lines = []
+    if plan.hit("candidates", plan.candidates_fields):
+        query_ids, passage_ids = filter_pairs(Candidates.open(plan.folder("candidates", plan.candidates_fields)))
+        banked = BankedScores(collection, scores)
+        for name in scores:
+            known = int(np.isfinite(banked(name, query_ids, passage_ids)).sum())
+            lines.append(_line(name, len(query_ids), str(known), len(query_ids) - known))
+        return lines
+    num_queries = len(collection.qrels.get("train", {}))
+    positives = sum(sum(grade >= 1 for grade in grades.values()) for grades in collection.qrels.get("train", {}).values())
+    wanted = positives + num_queries * sum(miner.quota for miner in plan.recipe.mining.miners)
+    for name, teacher_scores in scores.items():
+        stored = teacher_scores.num_pairs
+        lines.append(_line(name, wanted, f"unknown until mined ({stored} in the teacher's bank)", wanted))
+    return lines
+
+
+def _line(teacher: str, wanted: int, banked: str, to_score: int) -> str:
+    megabytes = to_score * _BYTES_PER_PAIR / 1e6
+    cost = f"to score at most {to_score}, disk about {megabytes:.1f} MB"
+    return f"teacher {teacher}: pairs wanted {wanted}, already banked {banked}, {cost}"

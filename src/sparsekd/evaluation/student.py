@@ -1,0 +1,166 @@
+"""The student as a retriever: texts to sparse vectors, exact sparse search, and how sparse it is.
+
+Vectors are scipy CSR, float32 [n, V], made batch by batch: 8 bytes per active dim, and never more than one dense block of
+vectors at a time. Search is exact and costs a few float32 per passage for each query of a block.
+Q queries, P passages, V vocabulary, K search depth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import scipy.sparse
+from numpy.typing import NDArray
+
+from sparsekd.evaluation.measures import DEPTH
+from sparsekd.evaluation.runs import Ranking
+from sparsekd.mining.ranking import Positions, Scores, best_first, id_ranks
+from sparsekd.teachers.batching import BLOCK, length_batches
+from sparsekd.teachers.progress import progress
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SparseEncoder
+
+Role = Literal["query", "passage"]
+
+_PROMPT_BY_ROLE = {"query": "query", "passage": "document"}  # the names encode_query and encode_document look up
+_BLOCK_ROWS = 256  # dense vectors at once: 31 MB at 30,522 terms; a batch of short queries would otherwise have a thousand
+_BLOCK_SCORES = 1 << 24  # scores of a block of queries over all passages: at most 8 bytes each, 134 MB
+
+
+def encode_csr(
+    model: SparseEncoder, texts: Sequence[str], *, role: Role, batch_tokens: int, fused: bool
+) -> scipy.sparse.csr_matrix:
+    """Return float32 [n, V] in input order: what encode_query or encode_document gives, up to float rounding.
+
+    ``fused`` computes the head block by block; without it a batch's logits take 4 · batch_tokens · V bytes. Raises ValueError
+    if a weight is not finite, naming how many vectors and the first text.
+    """
+    import torch
+
+    from sparsekd.students.splade import fused_head
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), fused_head(model) if fused else contextlib.nullcontext():
+            blocks = list(_encoded_blocks(model, texts, role, batch_tokens))
+    finally:
+        model.train(was_training)
+    vectors = scipy.sparse.vstack(blocks, format="csr")
+    bad = np.flatnonzero(~np.isfinite(vectors.data))
+    if bad.size:
+        rows = np.unique(np.searchsorted(vectors.indptr, bad, side="right") - 1)
+        raise ValueError(
+            f"student: {len(rows)} of {len(texts)} {role} vectors are not finite (first: {texts[rows[0]][:80]!r}); "
+            "its training diverged; lower [training] learning_rate"
+        )
+    return vectors
+
+
+def sparse_rankings(
+    query_csr: scipy.sparse.csr_matrix,
+    passage_csr: scipy.sparse.csr_matrix,
+    query_ids: Sequence[str],
+    passage_ids: Sequence[str],
+    *,
+    depth: int = DEPTH,
+) -> dict[str, Ranking]:
+    """Return every query's best ``depth`` passages by student_sim, the dot product; only scores above 0, so maybe fewer.
+
+    Exact: every passage that shares an active dim with the query is scored. Raises ValueError if shapes and ids do not fit.
+    """
+    shapes, expected = (query_csr.shape, passage_csr.shape), (len(query_ids), len(passage_ids))
+    if (shapes[0][0], shapes[1][0]) != expected or shapes[0][1] != shapes[1][1]:
+        raise ValueError(
+            f"sparse search: vectors {shapes[0]} and {shapes[1]} for {expected[0]} query_ids and {expected[1]} passage_ids; "
+            "expected one row each and one vocabulary"
+        )
+    passages_VP = passage_csr.T.tocsr()  # once: a product with the transposed view would convert it for every block
+    id_rank = id_ranks(passage_ids)
+    block = max(1, _BLOCK_SCORES // max(1, len(passage_ids)))
+    rankings = {}
+    for start in range(0, len(query_ids), block):
+        scores_QP = query_csr[start : start + block] @ passages_VP
+        for row, query_id in enumerate(query_ids[start : start + block]):
+            part = slice(scores_QP.indptr[row], scores_QP.indptr[row + 1])
+            rankings[query_id] = _best(scores_QP.indices[part], scores_QP.data[part], id_rank, passage_ids, depth)
+    return rankings
+
+
+def sparsity(query_csr: scipy.sparse.csr_matrix, passage_csr: scipy.sparse.csr_matrix) -> dict[str, float]:
+    """Return mean active dims of queries and passages, and FLOPS.
+
+    FLOPS = sum over dims j of p_query(j) · p_passage(j), p the share of vectors with j active: the multiplications expected for
+    one query and one passage drawn at random (Paria et al. 2020, arXiv 2004.05665; measured so by Formal et al. 2021, arXiv
+    2107.05720). Raises ValueError if there are no queries or no passages.
+    """
+    shares = []
+    for name, vectors in (("query", query_csr), ("passage", passage_csr)):
+        if not vectors.shape[0]:
+            raise ValueError(f"sparsity: no {name} vectors; expected at least one")
+        active = vectors.indices[vectors.data != 0]
+        shares.append(np.bincount(active, minlength=vectors.shape[1]) / vectors.shape[0])
+    return {
+        "query_active_dims": float(shares[0].sum()),
+        "passage_active_dims": float(shares[1].sum()),
+        "FLOPS": float(shares[0] @ shares[1]),
+    }
+
+
+def _best(
+    positions: Positions, scores: Scores, id_rank: Positions, passage_ids: Sequence[str], depth: int
+) -> Ranking:
+    is_match = scores > 0
+    best, best_scores = best_first(positions[is_match], scores[is_match], id_rank, depth)
+    return Ranking([passage_ids[position] for position in best.tolist()], best_scores)
+
+
+def _encoded_blocks(
+    model: SparseEncoder, texts: Sequence[str], role: Role, batch_tokens: int
+) -> Iterator[scipy.sparse.csr_matrix]:
+    """Yield the vectors of BLOCK texts after BLOCK texts, each block in input order."""
+    prompt = model.prompts.get(_PROMPT_BY_ROLE[role]) or ""
+    yield scipy.sparse.csr_matrix((0, model.get_embedding_dimension()), dtype=np.float32)  # so that no texts have a width too
+    with progress(f"encode {role} texts", total=len(texts), unit="texts") as bar:
+        for start in range(0, len(texts), BLOCK):
+            block = list(texts[start : start + BLOCK])
+            order, parts = [], []
+            for batch in length_batches(_token_lengths(model, [prompt + text for text in block]), batch_tokens):
+                for first in range(0, len(batch), _BLOCK_ROWS):
+                    rows = batch[first : first + _BLOCK_ROWS]
+                    order.append(rows)
+                    parts.append(_to_csr(_forward(model, [block[row] for row in rows], prompt)))
+            yield scipy.sparse.vstack(parts, format="csr")[np.argsort(np.concatenate(order))]
+            bar.update(len(block))
+
+
+def _token_lengths(model: SparseEncoder, texts: list[str]) -> NDArray[np.int64]:
+    """Tokens of each text, special ones included, cut where the model cuts; only the batches depend on it."""
+    tokenizer: Any = model.tokenizer
+    tokens = tokenizer(texts, truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return np.minimum([len(ids) for ids in tokens], model.max_seq_length or np.iinfo(np.int64).max).astype(np.int64)
+
+
+def _forward(model: SparseEncoder, texts: list[str], prompt: str) -> torch.Tensor:
+    """Dense vectors [n, V] on the model's device, pruned where the model says so."""
+    from sentence_transformers.util import batch_to_device, select_max_active_dims
+
+    features = batch_to_device(model.preprocess(texts, prompt=prompt or None), model.device)
+    vectors: torch.Tensor = model(features)["sentence_embedding"]
+    if model.max_active_dims is not None:
+        vectors = select_max_active_dims(vectors, max_active_dims=model.max_active_dims)
+    return vectors
+
+
+def _to_csr(vectors: torch.Tensor) -> scipy.sparse.csr_matrix:
+    """Take the active dims out on the device; only they are copied."""
+    rows, terms = vectors.nonzero(as_tuple=True)
+    counts = rows.bincount(minlength=len(vectors)).cpu().numpy()
+    data = vectors[rows, terms].float().cpu().numpy()
+    starts = np.concatenate(([0], np.cumsum(counts)))
+    return scipy.sparse.csr_matrix((data, terms.int().cpu().numpy(), starts), shape=tuple(vectors.shape))

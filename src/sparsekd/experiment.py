@@ -1,0 +1,206 @@
+"""One recipe, carried out: each artifact is found by its key or made from the ones before it.
+
+    candidates -> scores of every (query, positive or candidate) pair in the bank -> score table -> student -> evaluation
+
+Each function returns at once on a hit, without importing torch. Every pair of the candidates is scored by every teacher, not
+only the pairs that rows use, so that a change of labels never calls a teacher.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsekd.artifact import Artifact, key_of, publish, read_manifest, write_json_atomically
+from sparsekd.bank.embeddings import EmbeddingBank
+from sparsekd.bank.scores import ScoreBank, TeacherScores
+from sparsekd.collection.beir import Collection, read_collection
+from sparsekd.labels.banked import BankedScores
+from sparsekd.labels.building import build_table
+from sparsekd.labels.calibration import softmax_entropy
+from sparsekd.labels.rows import choose_rows, filter_pairs
+from sparsekd.labels.score_table import ScoreTable
+from sparsekd.mining.candidates import Candidates
+from sparsekd.plan import Plan
+from sparsekd.provenance import provenance
+from sparsekd.recipe import DenseMiner, Recipe, Teacher
+
+if TYPE_CHECKING:
+    from sparsekd.teachers.protocols import Similarity
+
+logger = logging.getLogger(__name__)
+
+
+class Experiment:
+    """A plan and what carrying it out needs: the collection, read once, and the banks."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.recipe: Recipe = plan.recipe
+        root = plan.cache / "bank"
+        self.score_bank = ScoreBank(root)
+        self.embedding_bank = EmbeddingBank(root)
+
+    @cached_property
+    def collection(self) -> Collection:
+        """The passages, queries and qrels the recipe asks for."""
+        section = self.recipe.collection
+        collection = read_collection(
+            self.plan.collection_folder, max_passages=section.max_passages, max_train_queries=section.max_train_queries
+        )
+        logger.info("collection: %d passages, %d queries, %s", len(collection.passages), len(collection.queries), collection.counts)
+        return collection
+
+    def scores_of(self, teacher: Teacher) -> TeacherScores:
+        """Return the banked scores of a teacher."""
+        return self.score_bank.open(self.plan.teacher_identities[teacher.name], reference=teacher.model)
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what every manifest says about its making."""
+        return {**provenance(self.plan.overrides), "recipe": self.recipe.model_dump(mode="json")}
+
+
+def candidates(experiment: Experiment) -> Candidates:
+    """Find or mine the candidates."""
+    plan, fields = experiment.plan, experiment.plan.candidates_fields
+    hit = plan.hit("candidates", fields)
+    if hit is not None:
+        logger.info("candidates %s: hit", hit.key)
+        return Candidates.open(hit.folder)
+    from sparsekd.mining.miners import mine_candidates
+
+    return mine_candidates(
+        experiment.recipe,
+        experiment.collection,
+        cache=plan.cache,
+        fields=fields,
+        source=_BankedVectors(experiment),
+        extra=experiment.provenance(),
+    )
+
+
+class _BankedVectors:
+    """Vectors for dense miners, through the embedding bank."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._experiment = experiment
+
+    def similarity(self, spec: DenseMiner) -> Similarity:
+        """Return the similarity the encoder declares."""
+        from sparsekd.teachers.dense import DenseEncoder
+
+        return DenseEncoder(spec, self._experiment.recipe.run).similarity
+
+    def vectors(self, spec: DenseMiner, texts: Sequence[str], role: Literal["query", "passage"]) -> NDArray[np.float32]:
+        """Return float32 [n, D] in the order of ``texts``."""
+        from sparsekd.teachers.dense import DenseEncoder
+        from sparsekd.teachers.embedding import banked_vectors
+
+        run = self._experiment.recipe.run
+        return banked_vectors(DenseEncoder(spec, run), self._experiment.embedding_bank, texts, role, run.shard_pairs)
+
+
+def score_table(experiment: Experiment) -> ScoreTable:
+    """Find or build the score table, scoring only the pairs that no run has scored before."""
+    plan = experiment.plan
+    hit = plan.hit("tables", plan.table_fields)
+    if hit is not None:
+        logger.info("table %s: hit", hit.key)
+        return ScoreTable.open(hit.folder)
+    mined = candidates(experiment)
+    counts = {**_score_pairs(experiment, mined), "mining": mined.counts}
+    banked = BankedScores(experiment.collection, {t.name: experiment.scores_of(t) for t in experiment.recipe.teachers})
+    rows = choose_rows(experiment.recipe, mined, banked)
+    table = build_table(
+        experiment.recipe,
+        rows,
+        cache=plan.cache,
+        fields=plan.table_fields,
+        gold_sim=banked,
+        counts=counts,
+        extra=experiment.provenance(),
+    )
+    describe(table, experiment.recipe)
+    return table
+
+
+def _score_pairs(experiment: Experiment, mined: Candidates) -> dict[str, int]:
+    """Bank every teacher's score of every (query, positive or candidate); return pairs, scored and reused over all teachers."""
+    from sparsekd.teachers.scoring import PairTexts, bank_scores
+
+    query_ids, passage_ids = filter_pairs(mined)
+    queries, passages = list(dict.fromkeys(query_ids)), list(dict.fromkeys(passage_ids))
+    texts = PairTexts(
+        [experiment.collection.queries[query_id] for query_id in queries],
+        [experiment.collection.passages[passage_id] for passage_id in passages],
+        _positions(query_ids, queries),
+        _positions(passage_ids, passages),
+    )
+    total = {"pairs": 0, "pairs_scored": 0, "pairs_reused": 0, "num_truncated": 0}
+    for teacher in experiment.recipe.teachers:
+        counts = bank_scores(teacher, experiment.recipe.run, experiment.scores_of(teacher), experiment.embedding_bank, texts)
+        logger.info("teacher %s: %s", teacher.name, counts)
+        total = {name: value + getattr(counts, name) for name, value in total.items()}
+    return total
+
+
+def _positions(ids: Sequence[str], unique: Sequence[str]) -> NDArray[np.int32]:
+    place_by_id = {text_id: place for place, text_id in enumerate(unique)}
+    return np.fromiter((place_by_id[text_id] for text_id in ids), dtype=np.int32, count=len(ids))
+
+
+def describe(table: ScoreTable, recipe: Recipe) -> None:
+    """Log the lines that catch a broken teacher or a wrong scale before a student is trained."""
+    counts = table.counts
+    logger.info(
+        "table %s: %d rows (dropped %s), %d pairs, %d scored, %d reused",
+        table.key,
+        counts["rows"],
+        counts["rows_dropped"],
+        counts["pairs"],
+        counts["pairs_scored"],
+        counts["pairs_reused"],
+    )
+    logger.info("labels: %s", table.summary)
+    if table.kind == "score_list":
+        entropy, support = softmax_entropy(table.labels(), recipe.training.temperature)
+        logger.info(
+            "softmax at temperature %g: entropy %.3f nats, effective support %.2f of %d passages",
+            recipe.training.temperature,
+            entropy,
+            support,
+            table.num_passages,
+        )
+
+
+def student(experiment: Experiment) -> Artifact:
+    """Find or train the student; the folder is a plain sentence-transformers model."""
+    plan, fields = experiment.plan, experiment.plan.student_fields
+    hit = plan.hit("students", fields)
+    if hit is not None:
+        logger.info("student %s: hit", hit.key)
+        return hit
+    table = score_table(experiment)
+    from sparsekd.training.card import write_card
+    from sparsekd.training.fit import train
+
+    folder = plan.folder("students", fields)
+    work_folder = folder.with_name(f"{folder.name}.work")
+    trained = train(experiment.recipe, table, experiment.collection, work_folder=work_folder, key=key_of(fields))
+    extra: dict[str, Any] = {
+        **experiment.provenance(),
+        "counts": {"rows": len(table), "steps": trained.num_steps, "resumed_from_step": trained.resumed_from_step},
+    }
+    with publish(folder, kind="student", fields=fields, extra=extra) as temporary:
+        trained.model.save_pretrained(str(temporary), create_model_card=False)
+        write_card(temporary / "README.md", experiment.recipe, table, extra, trained)
+        write_json_atomically(temporary / "training.json", trained.log_history)
+    shutil.rmtree(work_folder, ignore_errors=True)
+    return Artifact(folder, read_manifest(folder))
+

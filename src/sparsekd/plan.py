@@ -1,0 +1,122 @@
+"""What a recipe will make, said before anything is loaded: each artifact's key, hit or miss, why, and what it costs.
+
+Keys chain: candidates -> score table -> student -> evaluation. Nothing here imports torch; the cost is hashing the collection's
+files and the models' weights, about a second a gigabyte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sparsekd.artifact import Artifact, find, key_of
+from sparsekd.collection.beir import collection_digest
+from sparsekd.labels.building import table_fields
+from sparsekd.mining.candidates import COLLECTION_FILES, candidates_fields
+from sparsekd.recipe import DenseMiner, Recipe
+from sparsekd.students.identity import student_fields, training_fields
+from sparsekd.teachers.identity import encoder_identity, teacher_identity
+
+EVALUATION_VERSION = 1
+"""Raised when the same fields would give other rankings or figures."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The keys and folders of everything a recipe makes."""
+
+    recipe: Recipe
+    overrides: tuple[str, ...] = field(default=())
+
+    @property
+    def cache(self) -> Path:
+        """Where everything is kept."""
+        return Path(self.recipe.run.cache)
+
+    @property
+    def collection_folder(self) -> Path:
+        """The BEIR folder."""
+        return Path(self.recipe.collection.path)
+
+    @cached_property
+    def teacher_identities(self) -> dict[str, dict[str, Any]]:
+        """Identity by teacher name."""
+        return {teacher.name: teacher_identity(teacher) for teacher in self.recipe.teachers}
+
+    @cached_property
+    def candidates_fields(self) -> dict[str, Any]:
+        """What decides the candidates."""
+        digest = collection_digest(self.collection_folder, COLLECTION_FILES)
+        miners = [miner for miner in self.recipe.mining.miners if isinstance(miner, DenseMiner)]
+        return candidates_fields(self.recipe, digest, [encoder_identity(miner) for miner in miners])
+
+    @cached_property
+    def table_fields(self) -> dict[str, Any]:
+        """What decides the score table."""
+        return table_fields(self.recipe, key_of(self.candidates_fields), self.teacher_identities)
+
+    @cached_property
+    def untrained_fields(self) -> dict[str, Any]:
+        """What decides the untrained student: its weights, its architecture, and the passages its bias is calibrated on."""
+        fields = student_fields(self.recipe.student)
+        if self.recipe.student.initial_active_dims is not None:
+            fields["calibrated_on"] = self._passages_fields
+        return fields
+
+    @cached_property
+    def student_fields(self) -> dict[str, Any]:
+        """What decides the trained student."""
+        return training_fields(self.recipe, key_of(self.table_fields), self.untrained_fields)
+
+    @cached_property
+    def _passages_fields(self) -> dict[str, Any]:
+        digest = collection_digest(self.collection_folder, ["corpus.jsonl"])
+        return {"corpus": digest["corpus.jsonl"], "max_passages": self.recipe.collection.max_passages}
+
+    def system_fields(self) -> dict[str, dict[str, Any]]:
+        """Return what decides each measured system's ranking, by system name, in the order they are reported."""
+        evaluation = self.recipe.evaluation
+        split = f"qrels/{evaluation.split}.tsv"
+        digest = collection_digest(self.collection_folder, ["queries.jsonl", split])
+        common = {
+            "version": EVALUATION_VERSION,
+            "split": evaluation.split,
+            "queries": digest["queries.jsonl"],
+            "qrels": digest[split],
+            **self._passages_fields,
+        }
+        bm25 = {"k1": evaluation.k1, "b": evaluation.b}
+        systems: dict[str, dict[str, Any]] = {"bm25": {"system": "bm25", **bm25}}
+        for teacher in self.recipe.teachers:
+            system: dict[str, Any] = {"system": teacher.kind, "identity": self.teacher_identities[teacher.name]}
+            if teacher.kind == "cross-encoder":
+                system |= {**bm25, "rerank_depth": evaluation.rerank_depth}
+            systems[f"teacher:{teacher.name}"] = system
+        systems["student:untrained"] = {"system": "student", "untrained": self.untrained_fields}
+        systems["student"] = {"system": "student", "trained": key_of(self.student_fields)}
+        return {name: {**common, **fields} for name, fields in systems.items()}
+
+    def folder(self, kind: str, fields: Mapping[str, Any]) -> Path:
+        """Return where the artifact of ``kind`` made from ``fields`` is, or will be."""
+        return self.cache / kind / key_of(fields)
+
+    def hit(self, kind: str, fields: Mapping[str, Any]) -> Artifact | None:
+        """Return the finished artifact, None if it has to be made; IntegrityError if it is damaged."""
+        return find(self.folder(kind, fields), fields)
+
+    def evaluation_fields(self) -> dict[str, Any]:
+        """What decides the evaluation: every system's key."""
+        return {"version": EVALUATION_VERSION, "systems": {name: key_of(f) for name, f in self.system_fields().items()}}
+
+    def artifacts(self, kinds: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+        """Return (kind, fields) of the artifacts of ``kinds``, in the order of work."""
+        fields = {
+            "candidates": lambda: self.candidates_fields,
+            "tables": lambda: self.table_fields,
+            "students": lambda: self.student_fields,
+            "evaluations": self.evaluation_fields,
+        }
+        return [(kind, fields[kind]()) for kind in kinds]

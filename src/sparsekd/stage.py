@@ -1,0 +1,71 @@
+"""The frame around every stage script: arguments, logging, errors, exit codes.
+
+A stage takes one recipe, logs to stderr, and prints the folder it made or found as the last line of stdout. Exit 0 done or hit,
+1 failed, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sparsekd.plan import Plan
+from sparsekd.recipe import load_recipe
+
+logger = logging.getLogger("sparsekd")
+
+
+def run_stage(description: str, stage: Callable[[Plan], Path], kinds: Sequence[str], arguments: Sequence[str] | None = None) -> int:
+    """Parse arguments, load the recipe, carry the stage out or print its plan; return the exit code.
+
+    ``kinds`` are the artifacts a dry run reports, in the order of work.
+    """
+    options = _parser(description).parse_args(arguments)
+    try:
+        recipe = load_recipe(Path(options.recipe), options.set)
+        _prepare(recipe.run.log_level, recipe.run.threads)
+        plan = Plan(recipe, tuple(options.set))
+        if options.dry_run:
+            from sparsekd.dry_run import describe_plan
+
+            sys.stdout.write(describe_plan(plan, kinds) + "\n")
+            return 0
+        folder = stage(plan)
+    except (ValueError, FileNotFoundError) as error:
+        logger.debug("%s", traceback.format_exc())
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; what was committed stays, the same command goes on from there\n")
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+    sys.stdout.write(f"{folder}\n")
+    return 0
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("recipe", help="TOML file, e.g. pipeline/recipes/quickstart.toml")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one recipe key")
+    parser.add_argument("--dry-run", action="store_true", help="print keys, hits and costs; make nothing")
+    return parser
+
+
+def _prepare(log_level: str, threads: int | None) -> None:
+    """Send logs to stderr and set what libraries read from the environment before they are imported."""
+    logging.basicConfig(level=log_level, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    for name in ("httpx", "sentence_transformers", "transformers", "datasets", "faiss", "filelock", "bm25s"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # transformers reports every key of a checkpoint that it leaves out; what matters of it is checked where models are built.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
