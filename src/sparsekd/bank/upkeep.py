@@ -60,11 +60,15 @@ def bank_folders(root: Path) -> list[Path]:
 
 
 def find_folder(root: Path, prefix: str) -> Path:
-    """Return the one folder whose key begins with ``prefix``; ValueError if none or several do."""
-    found = [path for path in bank_folders(root) if path.name.startswith(prefix)]
+    """Return the one folder whose key begins with ``prefix``; ValueError if none or several do.
+
+    A dense teacher's scores and its embeddings have one key; ``scores/`` or ``embeddings/`` before it says which.
+    """
+    named = {path: f"{path.parent.name}/{path.name}" for path in bank_folders(root)}
+    found = [path for path, name in named.items() if (name if "/" in prefix else path.name).startswith(prefix)]
     if len(found) != 1:
-        keys = ", ".join(path.name for path in (found or bank_folders(root))[:8])
-        what = f"fits {len(found)} keys ({keys}); give more digits" if found else f"fits no key; there are: {keys or 'none'}"
+        keys = ", ".join(named[path] for path in (found or list(named))[:8])
+        what = f"fits {len(found)} keys; say which of {keys}" if found else f"fits no key; there are: {keys or 'none'}"
         raise ValueError(f"{root}: {prefix!r} {what}")
     return found[0]
 

@@ -30,6 +30,7 @@ class DenseEncoder:
 
     def __init__(self, spec: EncoderSpec, run: Run) -> None:
         self.identity: dict[str, Any] = encoder_identity(spec)
+        self.reference = spec.model
         self.similarity: Similarity = self.identity["similarity"]
         self.num_truncated = 0
         self._spec = spec

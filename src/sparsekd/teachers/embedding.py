@@ -32,7 +32,7 @@ def banked_vectors(
     if not texts:
         return np.empty((0, encoder.dimension), dtype=np.float32)
     prompt = encoder.identity[f"{role}_prompt"]
-    vectors_bank = bank.open(encoder.identity)
+    vectors_bank = bank.open(encoder.identity, reference=encoder.reference)
     keys, first, inverse = unique_keys(text_keys(prompt + text for text in texts))
     found, known_UD = vectors_bank.lookup(keys)
     missing = np.flatnonzero(~found)

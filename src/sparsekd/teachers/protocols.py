@@ -20,6 +20,10 @@ class Encoder(Protocol):
         """Everything that can change a vector, JSON-able; the key of the embedding bank."""
 
     @property
+    def reference(self) -> str:
+        """What people call the model; decides nothing."""
+
+    @property
     def similarity(self) -> Similarity:
         """The model's own similarity of two vectors."""
 

@@ -41,12 +41,14 @@ class DistillationTrainer(SparseEncoderTrainer):
     """Trains a student on a score table; stops with NonFiniteError before bad numbers reach the weights."""
 
     _batch_ids: list[str]
+    _num_batches = 0  # of this process: a resumed run starts at 0
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the loss of one batch; NonFiniteError if it is not finite."""
         self._batch_ids = inputs.pop(ID_COLUMN)
+        self._num_batches += 1
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if isinstance(result, tuple) else result
         if not bool(torch.isfinite(loss)):
@@ -86,10 +88,9 @@ class DistillationTrainer(SparseEncoderTrainer):
         step, last = self.state.global_step, self.state.max_steps
         active = f"active dims {logs['query_active_dims']:.0f} query, {logs['passage_active_dims']:.0f} passage"
         line = f"step {step} of {last}: loss {logs['loss']:.4g}, {active}"
-        done = step - self._first_step
-        if start_time is None or done < 1:
+        if start_time is None:
             return line
-        return f"{line}, {(time.time() - start_time) / done * (last - step):.0f} s left"
+        return f"{line}, {(time.time() - start_time) / self._num_batches * (last - step):.0f} s left"
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """Add none: the card is written by ``training.card`` from the manifests, without looking anything up."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sparsekd.artifact import key_of
-from sparsekd.bank import EmbeddingBank, text_keys, upkeep
+from sparsekd.bank import EmbeddingBank, ScoreBank, text_keys, upkeep
 
 
 def gone_process() -> int:
@@ -103,10 +103,25 @@ def test_key_is_found_by_its_beginning_if_only_one_begins_so(sample: Any) -> Non
 
     assert upkeep.bank_folders(sample.root) == sorted(folders)
     assert upkeep.find_folder(sample.root, folders[0].name[:3]) == folders[0]
-    with pytest.raises(ValueError, match=r"'' fits 2 keys \(.*\); give more digits"):
+    with pytest.raises(ValueError, match=r"'' fits 2 keys; say which of scores/.*, scores/"):
         upkeep.find_folder(sample.root, "")
     with pytest.raises(ValueError, match="'xyz' fits no key; there are: "):
         upkeep.find_folder(sample.root, "xyz")
+
+
+def test_kind_before_the_key_tells_scores_from_embeddings(tmp_path: Path) -> None:
+    identity, keys = {"kind": "dense"}, text_keys(["a", "b"])
+    scores = ScoreBank(tmp_path).open(identity)
+    scores.append(keys, keys, np.array([1, 2], dtype=np.float32))
+    embeddings = EmbeddingBank(tmp_path).open(identity)
+    embeddings.append(keys, np.ones((2, 3), dtype=np.float32))
+
+    key = scores.folder.name
+
+    assert upkeep.find_folder(tmp_path, f"scores/{key[:5]}") == scores.folder
+    assert upkeep.find_folder(tmp_path, f"embeddings/{key[:5]}") == embeddings.folder
+    with pytest.raises(ValueError, match="fits 2 keys; say which of scores/.*, embeddings/"):
+        upkeep.find_folder(tmp_path, key)
 
 
 def test_only_what_nobody_will_publish_is_swept(sample: Any) -> None:

@@ -31,6 +31,7 @@ class WordCounter:
     similarity: Any = "dot"
     dimension = len(WORDS)
     num_truncated = 0
+    reference = "a fake"
 
     def __init__(self) -> None:
         self.identity: dict[str, Any] = {"kind": "words", "query_prompt": "", "passage_prompt": ""}

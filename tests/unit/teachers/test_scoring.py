@@ -30,6 +30,7 @@ class WordOverlap:
     def __init__(self, *, breaks_at: int | None = None, nan_for: str | None = None) -> None:
         self.identity: dict[str, Any] = {"kind": "word overlap"}
         self.num_truncated = 0
+        self.reference = "a fake"
         self.asked: list[list[tuple[str, str]]] = []
         self._breaks_at, self._nan_for = breaks_at, nan_for
 
@@ -51,6 +52,7 @@ class LetterCounts:
         self.similarity = "dot"
         self.dimension = 26
         self.num_truncated = 0
+        self.reference = "a fake"
         self.encoded: list[str] = []
 
     def encode(self, texts: Sequence[str], *, role: str) -> np.ndarray:
