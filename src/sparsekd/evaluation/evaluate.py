@@ -11,8 +11,9 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from sparsekd.artifact import Artifact, key_of, publish, read_manifest, write_json_atomically
-from sparsekd.evaluation.measures import measure
-from sparsekd.evaluation.runs import Rankings, write_trec_run
+from sparsekd.device import prepare_device
+from sparsekd.evaluation.measures import DEPTH, measure
+from sparsekd.evaluation.runs import Ranking, Rankings, write_trec_run
 from sparsekd.evaluation.systems import bm25_rankings, dense_rankings, judgements, rerank_rankings
 from sparsekd.experiment import Experiment, student
 
@@ -64,7 +65,9 @@ def _system(experiment: Experiment, name: str, fields: dict[str, Any], trained: 
 def _rank(experiment: Experiment, name: str, trained: Artifact) -> tuple[Rankings, dict[str, float]]:
     recipe, collection, split = experiment.recipe, experiment.collection, experiment.recipe.evaluation.split
     if name == "bm25":
-        return bm25_rankings(recipe, collection, split), {}
+        found = bm25_rankings(recipe, collection, split)
+        # How deep a teacher reranks is no part of this system's key.
+        return {query_id: Ranking(hits.passage_ids[:DEPTH], hits.scores[:DEPTH]) for query_id, hits in found.items()}, {}
     if name.startswith("teacher:"):
         teacher = next(teacher for teacher in recipe.teachers if f"teacher:{teacher.name}" == name)
         if teacher.kind == "dense":
@@ -77,11 +80,12 @@ def _rank(experiment: Experiment, name: str, trained: Artifact) -> tuple[Ranking
 def _load_student(experiment: Experiment, name: str, trained: Artifact) -> SparseEncoder:
     from sparsekd.training.fit import untrained_student
 
+    device = prepare_device(experiment.recipe.run)
     if name == "student:untrained":
-        return untrained_student(experiment.recipe, experiment.collection).to(experiment.recipe.run.device)
+        return untrained_student(experiment.recipe, experiment.collection).to(device)
     from sentence_transformers import SparseEncoder
 
-    return SparseEncoder(str(trained.folder), device=experiment.recipe.run.device)
+    return SparseEncoder(str(trained.folder), device=device)
 
 
 def _rank_student(experiment: Experiment, model: SparseEncoder) -> tuple[Rankings, dict[str, float]]:

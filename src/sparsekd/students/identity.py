@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sparsekd.model_reference import resolve, weights_identity
-from sparsekd.recipe import Recipe, Student
+from sparsekd.recipe import Recipe, Student, Training
 
 STUDENT_VERSION = 1
 """Raised when the same fields would give another untrained student."""
@@ -31,5 +31,11 @@ def training_fields(recipe: Recipe, table_key: str, untrained: dict[str, Any]) -
         "table": table_key,
         "student": untrained,
         "regularizer": recipe.student.model_dump(mode="json", include=_REGULARIZER),
-        "training": recipe.training.model_dump(mode="json"),
+        "training": recipe.training.model_dump(mode="json", exclude=_idle(recipe.training)),
     }
+
+
+def _idle(training: Training) -> set[str]:
+    """Settings that do not act beside the others, and so change no student."""
+    beside_max_steps = {"epochs"} if training.max_steps is not None else set()
+    return beside_max_steps | ({"temperature"} if training.loss == "SparseMarginMSELoss" else set())

@@ -48,9 +48,8 @@ def newest_whole_checkpoint(folder: Path, key: str) -> Path | None:
     """
     checkpoints = sorted(folder.glob("checkpoint-*"), key=_step, reverse=True)
     for checkpoint in checkpoints:
-        damage = _damage(checkpoint)
+        found, damage = _inspect(checkpoint)
         if damage is None:
-            found = _read_seal(checkpoint)["key"]
             if found != key:
                 raise ValueError(f"{checkpoint}: belongs to experiment {found}, expected {key}; remove {folder} and rerun")
             return checkpoint
@@ -64,21 +63,18 @@ def _step(checkpoint: Path) -> int:
     return int(suffix) if suffix.isdigit() else -1
 
 
-def _read_seal(checkpoint: Path) -> Any:
-    return json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
-
-
-def _damage(checkpoint: Path) -> str | None:
-    """Say what is wrong with a checkpoint, or None."""
+def _inspect(checkpoint: Path) -> tuple[str, str | None]:
+    """Return the key of the experiment, and what is wrong with the checkpoint or None."""
     try:
-        checksums = _read_seal(checkpoint)["files"]
+        seal = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        key, checksums = str(seal["key"]), dict(seal["files"])
     except FileNotFoundError:
-        return "it was never finished"
+        return "", "it was never finished"
     except (ValueError, KeyError, TypeError):
-        return f"{SEAL} is unreadable"
+        return "", f"{SEAL} is unreadable"
     for name, checksum in checksums.items():
         if not (checkpoint / name).is_file():
-            return f"{name} is missing"
+            return key, f"{name} is missing"
         if checksum_of_file(checkpoint / name) != checksum:
-            return f"{name} has changed"
-    return None
+            return key, f"{name} has changed"
+    return key, None

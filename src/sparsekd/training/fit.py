@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekd.collection.beir import Collection
+from sparsekd.device import prepare_device
 from sparsekd.labels.score_table import ScoreTable, check_for_loss
 from sparsekd.model_reference import resolve
 from sparsekd.recipe import Recipe
@@ -61,10 +62,13 @@ def train(recipe: Recipe, table: ScoreTable, collection: Collection, *, work_fol
     """
     import contextlib
 
-    from transformers import set_seed
+    from sentence_transformers import SparseEncoder
+    from transformers import TrainerState, set_seed
+    from transformers.trainer import TRAINER_STATE_NAME
 
     from sparsekd.training.checkpoints import newest_whole_checkpoint
 
+    _check_device(recipe)
     check_for_loss(table, recipe.training.loss)
     rows = training_rows(table, collection)
     set_seed(recipe.training.seed)
@@ -73,11 +77,15 @@ def train(recipe: Recipe, table: ScoreTable, collection: Collection, *, work_fol
     checkpoint = newest_whole_checkpoint(work_folder, key)
     if checkpoint is not None:
         logger.info("train: resuming from %s", checkpoint.name)
+        reached = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if reached.global_step >= reached.max_steps:
+            # The trainer would take one step more than the run has.
+            model.load_state_dict(SparseEncoder(str(checkpoint), device=recipe.run.device).state_dict())
+            return TrainedStudent(model.eval(), reached.log_history, reached.global_step, reached.global_step)
     with fused_head(model) if recipe.run.fused_head else contextlib.nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    resumed = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
-    model.eval()
-    return TrainedStudent(model, trainer.state.log_history, trainer.state.global_step, resumed)
+    resumed = reached.global_step if checkpoint else 0
+    return TrainedStudent(model.eval(), trainer.state.log_history, trainer.state.global_step, resumed)
 
 
 def build_trainer(
@@ -108,6 +116,16 @@ def build_trainer(
     return trainer
 
 
+def _check_device(recipe: Recipe) -> None:
+    device = prepare_device(recipe.run)
+    if device.startswith("cuda:") and device != "cuda:0":
+        number = device.removeprefix("cuda:")
+        raise ValueError(
+            f"[run] device = {device!r}: the trainer takes the first CUDA device it sees; "
+            f'set device = "cuda" and CUDA_VISIBLE_DEVICES={number} in the environment'
+        )
+
+
 def _arguments(recipe: Recipe, work_folder: Path, num_passages: int) -> SparseEncoderTrainingArguments:
     from sentence_transformers import SparseEncoderTrainingArguments
 
@@ -116,7 +134,7 @@ def _arguments(recipe: Recipe, work_folder: Path, num_passages: int) -> SparseEn
     # The trainer applies args.prompts by column name and ignores model.prompts; every text column gets the prompt that
     # encode_query or encode_document will put before it.
     prompts = {column: student.query_prompt if column == "query" else student.passage_prompt for column in columns}
-    return SparseEncoderTrainingArguments(
+    arguments = SparseEncoderTrainingArguments(
         output_dir=str(work_folder),
         num_train_epochs=training.epochs,
         max_steps=training.max_steps or -1,
@@ -141,3 +159,7 @@ def _arguments(recipe: Recipe, work_folder: Path, num_passages: int) -> SparseEn
         use_cpu=recipe.run.device == "cpu",
         remove_unused_columns=False,
     )
+    # One process trains on one device. Without this the trainer wraps the model in DataParallel where it sees several cards,
+    # and FLOPS would be taken over a share of the batch.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

@@ -52,7 +52,7 @@ class DistillationTrainer(SparseEncoderTrainer):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if isinstance(result, tuple) else result
         if not bool(torch.isfinite(loss)):
-            raise NonFiniteError(self._message("loss", float(loss)))
+            raise NonFiniteError(self._message("loss", loss.item()))
         return result
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

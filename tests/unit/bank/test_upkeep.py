@@ -120,7 +120,7 @@ def test_kind_before_the_key_tells_scores_from_embeddings(tmp_path: Path) -> Non
 
     assert upkeep.find_folder(tmp_path, f"scores/{key[:5]}") == scores.folder
     assert upkeep.find_folder(tmp_path, f"embeddings/{key[:5]}") == embeddings.folder
-    with pytest.raises(ValueError, match="fits 2 keys; say which of scores/.*, embeddings/"):
+    with pytest.raises(ValueError, match=r"fits 2 keys; say which of scores/.*, embeddings/"):
         upkeep.find_folder(tmp_path, key)
 
 

@@ -1,0 +1,152 @@
+"""The plan in words: what is there, what differs, what it costs. Imports no torch and makes nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from sparsekd.artifact import key_of, publish
+from sparsekd.bank.scores import ScoreBank
+from sparsekd.bank.text_key import text_keys
+from sparsekd.collection.beir import read_collection
+from sparsekd.dry_run import describe_plan
+from sparsekd.experiment import Experiment, candidates
+from sparsekd.labels.rows import filter_pairs
+from sparsekd.plan import Plan
+from sparsekd.recipe import load_recipe
+
+KINDS = ("candidates", "tables", "students", "evaluations")
+RECIPE = """
+[collection]
+path = "collection"
+[[mining.miners]]
+kind = "bm25"
+quota = 4
+[[teachers]]
+name = "judge"
+kind = "cross-encoder"
+model = "model"
+[student]
+model = "model"
+[run]
+cache = "cache"
+"""
+
+
+@pytest.fixture
+def plan_of(tmp_path: Path, sample_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
+    """Return ``plan_of(*overrides)`` in a working directory with a collection and a model that is digested, never loaded."""
+    shutil.copytree(sample_folder, tmp_path / "collection")
+    (tmp_path / "model").mkdir()
+    save_file({"weight": np.zeros(4, dtype=np.float32)}, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "recipe.toml").write_text(RECIPE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return lambda *overrides: Plan(load_recipe(Path("recipe.toml"), overrides), overrides)
+
+
+def make(plan: Plan, *kinds: str) -> None:
+    """Publish placeholders of these kinds under the plan's keys."""
+    for kind, fields in plan.artifacts(kinds):
+        with publish(plan.folder(kind, fields), kind=kind, fields=fields, extra={}):
+            pass
+
+
+def line_of(text: str, start: str) -> str:
+    [line] = [line for line in text.splitlines() if line.startswith(start)]
+    return line
+
+
+def test_everything_is_a_miss_before_the_first_run_and_nothing_is_made(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
+    plan = plan_of()
+
+    text = describe_plan(plan, KINDS)
+
+    for kind, fields in plan.artifacts(KINDS):
+        assert line_of(text, kind).split() == [kind, key_of(fields), "miss"]
+        assert f"no {kind} made yet" in text
+    assert text.endswith("order of work: candidates -> tables -> students -> evaluations")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_everything_is_a_hit_where_all_is_made(plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of()
+    make(plan, *KINDS)
+
+    text = describe_plan(plan, KINDS)
+
+    assert all(line_of(text, kind).endswith("hit") for kind in KINDS)
+    assert text.endswith("order of work: nothing to do")
+    assert "teacher judge" not in text
+
+
+@pytest.mark.parametrize(
+    ("override", "kind", "said"),
+    [
+        ("mining.miners.bm25.k1=1.2", "candidates", "miners.0.k1: 0.9 -> 1.2"),
+        ("labels.num_negatives=3", "tables", "num_negatives: 4 -> 3"),
+        ("teachers.judge.max_length=64", "tables", "teachers.0.identity.max_length: None -> 64"),
+        ("training.seed=7", "students", "training.seed: 42 -> 7"),
+        ("student.lambda_query=0.5", "students", "regularizer.lambda_query: 0.1 -> 0.5"),
+        ("student.num_layers=1", "students", "student.num_layers: None -> 1"),
+    ],
+)
+def test_a_miss_names_the_field_that_differs_from_the_nearest(
+    plan_of: Callable[..., Plan], override: str, kind: str, said: str
+) -> None:
+    before = plan_of()
+    make(before, *KINDS)
+    [(_, fields)] = before.artifacts([kind])
+
+    text = describe_plan(plan_of(override), KINDS)
+
+    assert f"differs from {key_of(fields)} in {said}" in text
+    assert kind in line_of(text, "order of work")
+
+
+def test_a_change_of_training_leaves_stage_1_alone(plan_of: Callable[..., Plan]) -> None:
+    make(plan_of(), *KINDS)
+
+    text = describe_plan(plan_of("training.seed=7"), KINDS)
+
+    assert text.endswith("order of work: students -> evaluations")
+    assert "teacher judge" not in text
+
+
+def test_a_long_list_of_differences_is_cut_and_counted(plan_of: Callable[..., Plan]) -> None:
+    make(plan_of(), "students")
+    changes = [f"training.{name}" for name in ("seed=1", "epochs=2.0", "batch_size=3", "weight_decay=0.0", "temperature=1.0")]
+    changes += ["training.warmup_ratio=0.5", "student.lambda_query=1.0", "student.dropout=0.5"]
+
+    text = describe_plan(plan_of(*changes), ["students"])
+
+    assert text.count("differs from") == 6
+    assert "and 2 more fields" in text
+
+
+def test_pairs_are_estimated_from_the_quotas_before_candidates_are_mined(plan_of: Callable[..., Plan]) -> None:
+    text = describe_plan(plan_of(), ["candidates", "tables"])
+
+    # 14 training queries with 15 positives, 4 candidates each.
+    assert "teacher judge: pairs wanted 71, already banked unknown until mined (0 in the teacher's bank)" in text
+    assert "to score at most 71, disk about 0.0 MB" in text
+
+
+def test_pairs_wanted_and_banked_are_exact_once_candidates_are_mined(plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of()
+    query_ids, passage_ids = filter_pairs(candidates(Experiment(plan)))
+    collection = read_collection(Path("collection"))
+    queries = text_keys([collection.queries[query_id] for query_id in query_ids[:10]])
+    passages = text_keys([collection.passages[passage_id] for passage_id in passage_ids[:10]])
+    scores = ScoreBank(Path("cache") / "bank").open(plan.teacher_identities["judge"])
+    scores.append(queries, passages, np.arange(10, dtype=np.float32))
+
+    text = describe_plan(plan, ["candidates", "tables"])
+
+    wanted = len(query_ids)
+    assert f"teacher judge: pairs wanted {wanted}, already banked 10, to score at most {wanted - 10}," in text
+    assert text.endswith("order of work: tables")

@@ -1,0 +1,317 @@
+"""Which change of recipe, collection or model changes which of the four keys. Imports no torch.
+
+Models here are folders with the files that identities digest; nothing loads them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from sparsekd.artifact import IntegrityError, key_of, publish
+from sparsekd.plan import Plan
+from sparsekd.recipe import Evaluation, Labels, Run, Student, Training, load_recipe
+
+KINDS = ("candidates", "tables", "students", "evaluations")
+ALL = set(KINDS)
+FROM_TABLE = ALL - {"candidates"}
+FROM_STUDENT = {"students", "evaluations"}
+EVALUATION = {"evaluations"}
+NONE: set[str] = set()
+
+RECIPE = """
+[collection]
+path = "collection"
+[[mining.miners]]
+kind = "bm25"
+quota = 4
+[[mining.miners]]
+kind = "dense"
+model = "models/miner"
+quota = 4
+[[teachers]]
+name = "judge"
+kind = "cross-encoder"
+model = "models/judge"
+[student]
+model = "models/student"
+"""
+SECOND_TEACHER = '[[teachers]]\nname = "second"\nkind = "dense"\nmodel = "models/miner"\n'
+
+# (what is set before, what is changed, the kinds of artifact whose key changes)
+SETTINGS: list[tuple[list[str], str, set[str]]] = [
+    ([], "collection.max_passages=10", ALL),
+    ([], "collection.max_train_queries=5", ALL),
+    ([], "mining.miners.bm25.quota=5", ALL),
+    ([], "mining.miners.bm25.depth=50", ALL),
+    ([], "mining.miners.bm25.skip=1", ALL),
+    ([], "mining.miners.bm25.k1=1.2", ALL),
+    ([], "mining.miners.bm25.b=0.5", ALL),
+    ([], "mining.miners.dense.max_length=64", ALL),
+    ([], "mining.miners.dense.query_prompt='q: '", ALL),
+    ([], "mining.miners.dense.dtype=bfloat16", ALL),
+    ([], "mining.miners.dense.model=models/other", ALL),
+    ([], "mining.max_positives=1", ALL),
+    ([], "mining.filter.absolute_margin=0.1", ALL),
+    ([], "mining.filter.by=judge", NONE),  # without a margin nothing is filtered
+    (["mining.filter.by=judge"], "mining.filter.relative_margin=0.1", FROM_TABLE),
+    ([], "teachers.judge.model=models/other", FROM_TABLE),
+    ([], "teachers.judge.max_length=64", FROM_TABLE),
+    ([], "teachers.judge.passage_prompt='p: '", FROM_TABLE),
+    ([], "teachers.judge.dtype=float16", FROM_TABLE),
+    ([], "teachers.judge.name=referee", EVALUATION),  # metrics are listed by name
+    ([], "labels.num_negatives=3", FROM_TABLE),
+    ([], "labels.selection=random", FROM_TABLE),
+    ([], "labels.seed=1", NONE),  # "top" draws nothing
+    (["labels.selection=random"], "labels.seed=1", FROM_TABLE),
+    ([], "labels.calibration.kind=zscore", FROM_TABLE),
+    ([], "labels.calibration.scale=30.0", NONE),  # "raw" has no scale
+    (["labels.calibration.kind=minmax"], "labels.calibration.scale=30.0", FROM_TABLE),
+    (["labels.calibration.kind=affine"], "labels.calibration.mean=3.0", FROM_TABLE),
+    ([], "labels.weights={judge = 2.0}", NONE),  # one teacher's share is the whole
+    (["training.loss=SparseMarginMSELoss"], "labels.kind=margin", FROM_TABLE),
+    ([], "student.model=models/other", FROM_STUDENT),
+    ([], "student.num_layers=1", FROM_STUDENT),
+    ([], "student.max_length=64", FROM_STUDENT),
+    ([], "student.dropout=0.2", FROM_STUDENT),
+    ([], "student.initial_active_dims=100", FROM_STUDENT),
+    ([], "student.query_prompt='q: '", FROM_STUDENT),
+    ([], "student.passage_prompt='p: '", FROM_STUDENT),
+    ([], "student.lambda_query=0.3", FROM_STUDENT),
+    ([], "student.lambda_passage=0.3", FROM_STUDENT),
+    ([], "student.threshold_query=50", FROM_STUDENT),
+    ([], "student.threshold_passage=50", FROM_STUDENT),
+    ([], "training.loss=SparseMarginMSELoss", FROM_STUDENT),
+    ([], "training.temperature=1.0", FROM_STUDENT),
+    (["training.loss=SparseMarginMSELoss"], "training.temperature=1.0", NONE),  # KL's alone
+    ([], "training.batch_size=8", FROM_STUDENT),
+    ([], "training.epochs=2.0", FROM_STUDENT),
+    (["training.max_steps=9"], "training.epochs=2.0", NONE),  # ignored beside max_steps
+    ([], "training.max_steps=9", FROM_STUDENT),
+    ([], "training.learning_rate=1e-3", FROM_STUDENT),
+    ([], "training.warmup_ratio=0.2", FROM_STUDENT),
+    ([], "training.weight_decay=0.0", FROM_STUDENT),
+    ([], "training.max_grad_norm=2.0", FROM_STUDENT),
+    ([], "training.lambda_schedule=linear", FROM_STUDENT),
+    ([], "training.lambda_warmup_ratio=0.5", FROM_STUDENT),
+    ([], "training.seed=1", FROM_STUDENT),
+    ([], "evaluation.split=dev", EVALUATION),
+    ([], "evaluation.rerank_depth=50", EVALUATION),
+    ([], "evaluation.k1=1.2", EVALUATION),
+    ([], "evaluation.b=0.5", EVALUATION),
+    ([], "run.cache=elsewhere", NONE),
+    ([], "run.device=cuda", NONE),
+    ([], "run.threads=2", NONE),
+    ([], "run.batch_tokens=64", NONE),
+    ([], "run.shard_pairs=10", NONE),
+    ([], "run.fused_head=false", NONE),
+    ([], "run.save_steps=5", NONE),
+    ([], "run.log_level=DEBUG", NONE),
+]
+
+
+def save_model(folder: Path, seed: int) -> None:
+    folder.mkdir(parents=True)
+    weights = np.random.default_rng(seed).standard_normal(8).astype(np.float32)
+    save_file({"weight": weights}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    (folder / "README.md").write_text("a model card", encoding="utf-8")
+
+
+@pytest.fixture
+def place(tmp_path: Path, sample_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: a recipe, its collection, four models."""
+    shutil.copytree(sample_folder, tmp_path / "collection")
+    for seed, name in enumerate(("miner", "judge", "student", "other")):
+        save_model(tmp_path / "models" / name, seed)
+    (tmp_path / "recipe.toml").write_text(RECIPE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def plan_of(overrides: list[str] | None = None) -> Plan:
+    return Plan(load_recipe(Path("recipe.toml"), overrides or []))
+
+
+def keys(overrides: list[str] | None = None) -> dict[str, str]:
+    return {kind: key_of(fields) for kind, fields in plan_of(overrides).artifacts(KINDS)}
+
+
+def changed_kinds(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    return {kind for kind in KINDS if before[kind] != after[kind]}
+
+
+@pytest.mark.parametrize(("before", "change", "expected"), SETTINGS, ids=[" then ".join([*b, c]) for b, c, _ in SETTINGS])
+def test_a_setting_changes_the_keys_of_what_it_changes_and_no_other(
+    place: Path, before: list[str], change: str, expected: set[str]
+) -> None:
+    assert changed_kinds(keys(before), keys([*before, change])) == expected
+
+
+def test_every_setting_of_these_sections_is_in_the_table() -> None:
+    sections = {"labels": Labels, "student": Student, "training": Training, "evaluation": Evaluation, "run": Run}
+
+    told = {tuple(change.partition("=")[0].split(".")[:2]) for _, change, _ in SETTINGS}
+
+    assert {(section, field) for section, model in sections.items() for field in model.model_fields} - told == set()
+
+
+def append(name: str, text: str) -> Callable[[Path], None]:
+    def edit(place: Path) -> None:
+        with (place / name).open("a", encoding="utf-8") as stream:
+            stream.write(text)
+
+    return edit
+
+
+def flip_weight(name: str) -> Callable[[Path], None]:
+    def edit(place: Path) -> None:
+        path = place / "models" / name / "model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+    return edit
+
+
+def move(name: str) -> Callable[[Path], None]:
+    def edit(place: Path) -> None:
+        (place / name).rename(place / "moved")
+        text = (place / "recipe.toml").read_text(encoding="utf-8")
+        (place / "recipe.toml").write_text(text.replace(f'"{name}"', '"moved"'), encoding="utf-8")
+
+    return edit
+
+
+def touch_everything(place: Path) -> None:
+    for path in place.rglob("*"):
+        os.utime(path, (1, 1))
+
+
+def add_teacher(place: Path) -> None:
+    append("recipe.toml", SECOND_TEACHER)(place)
+
+
+def swap_miners(place: Path) -> None:
+    head, first, second = RECIPE.split("[[mining.miners]]")
+    second, rest = second.split("[[teachers]]")
+    swapped = f"{head}[[mining.miners]]{second}[[mining.miners]]{first}[[teachers]]{rest}"
+    (place / "recipe.toml").write_text(swapped, encoding="utf-8")
+
+
+EDITS: dict[str, tuple[Callable[[Path], None], set[str]]] = {
+    "a passage more": (append("collection/corpus.jsonl", '{"_id": "new", "text": "new"}\n'), ALL),
+    "a query more": (append("collection/queries.jsonl", '{"_id": "new", "text": "new"}\n'), ALL),
+    "a judgement more in train": (append("collection/qrels/train.tsv", "q05\tbread-1\t1\n"), ALL),
+    "a judgement more in test": (append("collection/qrels/test.tsv", "q19\tbread-1\t1\n"), EVALUATION),
+    "a judgement more in dev": (append("collection/qrels/dev.tsv", "q15\tbread-1\t1\n"), NONE),
+    "one bit of the miner's weights": (flip_weight("miner"), ALL),
+    "one bit of the teacher's weights": (flip_weight("judge"), FROM_TABLE),
+    "one bit of the student's weights": (flip_weight("student"), FROM_STUDENT),
+    "one bit of weights that no one uses": (flip_weight("other"), NONE),
+    "the student's tokenizer": (append("models/student/tokenizer.json", " "), FROM_STUDENT),
+    "the teacher's configuration": (append("models/judge/config.json", " "), FROM_TABLE),
+    "a model card": (append("models/judge/README.md", "more words"), NONE),
+    "the collection's place": (move("collection"), NONE),
+    "the teacher's place": (move("models/judge"), NONE),
+    "the student's place": (move("models/student"), NONE),
+    "all times": (touch_everything, NONE),
+    "a comment in the recipe": (append("recipe.toml", "# more words\n"), NONE),
+    "a second teacher": (add_teacher, FROM_TABLE),
+    "the order of the miners": (swap_miners, ALL),  # a passage proposed twice counts for the first
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edited_file_changes_the_keys_of_what_it_changes_and_no_other(place: Path, name: str) -> None:
+    edit, expected = EDITS[name]
+    before = keys()
+
+    edit(place)
+
+    assert changed_kinds(before, keys()) == expected
+
+
+def test_a_second_teacher_of_weight_0_is_evaluated_and_teaches_nothing(place: Path) -> None:
+    before = keys()
+
+    add_teacher(place)
+
+    assert changed_kinds(before, keys(["labels.weights={judge = 1.0, second = 0.0}"])) == EVALUATION
+
+
+def test_the_order_of_two_teachers_changes_no_candidates(place: Path) -> None:
+    add_teacher(place)
+    before = keys()
+    head, teacher = RECIPE.split("[[teachers]]")[0], RECIPE.split("[[teachers]]")[1].split("[student]")[0]
+    swapped = f"{head}{SECOND_TEACHER}[[teachers]]{teacher}[student]{RECIPE.split('[student]')[1]}"
+    (place / "recipe.toml").write_text(swapped, encoding="utf-8")
+
+    assert "candidates" not in changed_kinds(before, keys())
+
+
+def test_a_depth_of_reranking_changes_no_dense_teachers_evaluation(place: Path) -> None:
+    dense = ["teachers.judge.kind=dense"]
+
+    assert keys(dense) == keys([*dense, "evaluation.rerank_depth=50"])
+
+
+def test_only_the_student_is_measured_again_after_training_changes(place: Path) -> None:
+    before, after = (plan_of(overrides).system_fields() for overrides in ([], ["training.seed=1"]))
+
+    assert list(before) == ["bm25", "teacher:judge", "student:untrained", "student"]
+    assert [name for name in before if key_of(before[name]) != key_of(after[name])] == ["student"]
+
+
+def test_calibration_of_the_bias_ties_the_untrained_student_to_the_passages(place: Path) -> None:
+    calibrated = ["student.initial_active_dims=100"]
+    before = plan_of(calibrated).untrained_fields, plan_of().untrained_fields
+
+    append("collection/corpus.jsonl", '{"_id": "new", "text": "new"}\n')(place)
+
+    assert plan_of(calibrated).untrained_fields != before[0]
+    assert plan_of().untrained_fields == before[1]
+
+
+def test_no_key_is_made_of_a_name_or_a_path(place: Path) -> None:
+    (place / "collection").rename(place / "a-marked-collection")
+    (place / "models" / "judge").rename(place / "models" / "a-marked-teacher")
+    marked = ["collection.path=a-marked-collection", "teachers.judge.model=models/a-marked-teacher", "run.cache=a-marked-cache"]
+
+    for kind, fields in plan_of(marked).artifacts(KINDS):
+        assert "a-marked" not in repr(fields), kind
+        assert str(place) not in repr(fields), kind
+
+
+def test_a_damaged_artifact_is_named_not_made_again(place: Path) -> None:
+    plan = plan_of()
+    fields = plan.candidates_fields
+    folder = plan.folder("candidates", fields)
+    with publish(folder, kind="candidates", fields=fields, extra={}) as temporary:
+        (temporary / "shard").write_bytes(b"12345")
+    assert plan.hit("candidates", fields) is not None
+
+    (folder / "shard").write_bytes(b"1234")
+
+    with pytest.raises(IntegrityError, match="shard: 4 bytes, its manifest says 5"):
+        plan.hit("candidates", fields)
+
+
+def test_the_whole_plan_imports_no_torch(place: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from sparsekd.plan import Plan; from sparsekd.recipe import load_recipe;"
+        f"Plan(load_recipe(Path('recipe.toml'), [])).artifacts({KINDS}); print('torch' in sys.modules)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+
+    assert done.stdout == "False\n"

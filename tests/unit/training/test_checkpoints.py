@@ -1,0 +1,175 @@
+"""Resume: from the newest whole checkpoint of the same experiment, with the weights of a run that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsekd.collection.beir import Collection
+from sparsekd.labels.score_table import ScoreTable
+from sparsekd.recipe import Recipe
+from sparsekd.training.checkpoints import SEAL, newest_whole_checkpoint, seal
+from sparsekd.training.fit import TrainedStudent, train
+
+# Every file the trainer writes into a checkpoint of this student, and the seal; the first test keeps the list complete.
+FILES = [
+    "1_SpladePooling/config.json", "README.md", "config.json", "config_sentence_transformers.json", "model.safetensors",
+    "modules.json", "optimizer.pt", "rng_state.pth", "scheduler.pt", "sentence_bert_config.json", SEAL, "tokenizer.json",
+    "tokenizer_config.json", "trainer_state.json", "training_args.bin",
+]  # fmt: skip
+
+
+@pytest.fixture
+def fit(
+    make_recipe: Callable[..., Recipe], make_table: Callable[..., ScoreTable], collection: Collection, tmp_path: Path
+) -> Callable[..., TrainedStudent]:
+    """Return ``fit(name)``: 6 steps with dropout in the work folder ``name``, a checkpoint every 2."""
+    recipe = make_recipe(student={"dropout": 0.1}, max_steps=6, run={"save_steps": 2})
+    table = make_table(recipe)
+    return lambda name: train(recipe, table, collection, work_folder=tmp_path / name, key="key")
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A work folder with two sealed checkpoints of one file each."""
+    for step in (4, 6):
+        checkpoint = tmp_path / "written" / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "model.safetensors").write_bytes(bytes([step] * 100))
+        seal(checkpoint, "key")
+    return tmp_path / "written"
+
+
+def cut(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def equal_weights(left: TrainedStudent, right: TrainedStudent) -> bool:
+    pairs = zip(left.model.state_dict().values(), right.model.state_dict().values(), strict=True)
+    return all(torch.equal(tensor, counterpart) for tensor, counterpart in pairs)
+
+
+def test_a_torn_newest_checkpoint_falls_back_to_the_one_before_whichever_file_is_torn(
+    fit: Callable[..., TrainedStudent], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit("whole")
+    newest = tmp_path / "whole" / "checkpoint-6"
+    found = sorted(path.relative_to(newest).as_posix() for path in newest.rglob("*") if path.is_file())
+    assert found == sorted(FILES)
+
+    for name in FILES:
+        for damage in (cut, flip, empty, remove):
+            shutil.rmtree(tmp_path / "torn", ignore_errors=True)
+            shutil.copytree(tmp_path / "whole", tmp_path / "torn")
+            damage(tmp_path / "torn" / "checkpoint-6" / name)
+            caplog.clear()
+
+            checkpoint = newest_whole_checkpoint(tmp_path / "torn", "key")
+
+            assert checkpoint == tmp_path / "torn" / "checkpoint-4", (name, damage.__name__)
+            assert "checkpoint-6: torn (" in caplog.text
+            assert "falling back to the checkpoint before it" in caplog.text
+            assert name == SEAL or f"{name} " in caplog.text
+            assert not (tmp_path / "torn" / "checkpoint-6").exists()
+
+
+@pytest.mark.parametrize("stopped_after", ["checkpoint-4", "checkpoint-6"])
+def test_a_resumed_run_has_the_weights_and_the_log_of_one_that_was_never_stopped(
+    fit: Callable[..., TrainedStudent], tmp_path: Path, stopped_after: str
+) -> None:
+    uninterrupted = fit("work")
+    for checkpoint in (tmp_path / "work").glob("checkpoint-*"):
+        if checkpoint.name > stopped_after:
+            shutil.rmtree(checkpoint)
+
+    resumed = fit("work")
+
+    assert resumed.resumed_from_step == int(stopped_after[-1])
+    assert resumed.num_steps == uninterrupted.num_steps == 6
+    assert equal_weights(resumed, uninterrupted)
+    losses = [[entry["loss"] for entry in run.log_history if "loss" in entry] for run in (resumed, uninterrupted)]
+    assert losses[0] == losses[1]
+
+
+def test_a_run_resumed_from_before_a_torn_checkpoint_has_the_same_weights(
+    fit: Callable[..., TrainedStudent], tmp_path: Path
+) -> None:
+    uninterrupted = fit("work")
+    cut(tmp_path / "work" / "checkpoint-6" / "optimizer.pt")
+
+    resumed = fit("work")
+
+    assert resumed.resumed_from_step == 4
+    assert equal_weights(resumed, uninterrupted)
+
+
+def test_a_run_starts_anew_where_every_checkpoint_is_torn(fit: Callable[..., TrainedStudent], tmp_path: Path) -> None:
+    uninterrupted = fit("work")
+    for checkpoint in (tmp_path / "work").glob("checkpoint-*"):
+        (checkpoint / SEAL).unlink()
+
+    again = fit("work")
+
+    assert again.resumed_from_step == 0
+    assert equal_weights(again, uninterrupted)
+
+
+def test_a_checkpoint_of_another_experiment_is_refused_and_kept(written: Path) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint-6: belongs to experiment key, expected other; remove .*written and rerun"):
+        newest_whole_checkpoint(written, "other")
+    assert (written / "checkpoint-6" / SEAL).is_file()
+
+
+def test_the_newest_is_the_one_of_the_highest_step_not_of_the_highest_name(written: Path) -> None:
+    (written / "checkpoint-6").rename(written / "checkpoint-10")
+
+    assert newest_whole_checkpoint(written, "key") == written / "checkpoint-10"
+
+
+def test_a_checkpoint_without_a_seal_was_never_finished(written: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (written / "checkpoint-6" / SEAL).unlink()
+
+    assert newest_whole_checkpoint(written, "key") == written / "checkpoint-4"
+    assert "checkpoint-6: torn (it was never finished)" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"files": 3}', '{"key": "key"}', '{"files": {}}'])
+def test_an_unreadable_seal_is_a_torn_checkpoint(written: Path, caplog: pytest.LogCaptureFixture, content: str) -> None:
+    (written / "checkpoint-6" / SEAL).write_text(content, encoding="utf-8")
+
+    assert newest_whole_checkpoint(written, "key") == written / "checkpoint-4"
+    assert f"torn ({SEAL} is unreadable)" in caplog.text
+
+
+def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
+    assert newest_whole_checkpoint(tmp_path / "nothing", "key") is None
+
+
+def test_a_seal_lists_every_file_but_itself(written: Path) -> None:
+    (written / "checkpoint-4" / "deep").mkdir()
+    (written / "checkpoint-4" / "deep" / "file").write_bytes(b"x")
+
+    seal(written / "checkpoint-4", "key")
+
+    files = json.loads((written / "checkpoint-4" / SEAL).read_text(encoding="utf-8"))["files"]
+    assert sorted(files) == ["deep/file", "model.safetensors"]
