@@ -51,11 +51,9 @@ class Experiment:
     def collection(self) -> Collection:
         """The passages, queries and qrels the recipe asks for."""
         section = self.recipe.collection
-        collection = read_collection(
+        return read_collection(
             self.plan.collection_folder, max_passages=section.max_passages, max_train_queries=section.max_train_queries
         )
-        logger.info("collection: %d passages, %d queries, %s", len(collection.passages), len(collection.queries), collection.counts)
-        return collection
 
     def scores_of(self, teacher: Teacher) -> TeacherScores:
         """Return the banked scores of a teacher."""
@@ -145,7 +143,6 @@ def _score_pairs(experiment: Experiment, mined: Candidates) -> dict[str, int]:
     total = {"pairs": 0, "pairs_scored": 0, "pairs_reused": 0, "num_truncated": 0}
     for teacher in experiment.recipe.teachers:
         counts = bank_scores(teacher, experiment.recipe.run, experiment.scores_of(teacher), experiment.embedding_bank, texts)
-        logger.info("teacher %s: %s", teacher.name, counts)
         total = {name: value + getattr(counts, name) for name, value in total.items()}
     return total
 
@@ -158,16 +155,7 @@ def _positions(ids: Sequence[str], unique: Sequence[str]) -> NDArray[np.int32]:
 def describe(table: ScoreTable, recipe: Recipe) -> None:
     """Log the lines that catch a broken teacher or a wrong scale before a student is trained."""
     counts = table.counts
-    logger.info(
-        "table %s: %d rows (dropped %s), %d pairs, %d scored, %d reused",
-        table.key,
-        counts["rows"],
-        counts["rows_dropped"],
-        counts["pairs"],
-        counts["pairs_scored"],
-        counts["pairs_reused"],
-    )
-    logger.info("labels: %s", table.summary)
+    logger.info("pairs: %d, %d scored, %d reused", counts["pairs"], counts["pairs_scored"], counts["pairs_reused"])
     if table.kind == "score_list":
         entropy, support = softmax_entropy(table.labels(), recipe.training.temperature)
         logger.info(

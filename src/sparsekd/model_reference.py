@@ -13,6 +13,7 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sparsekd.artifact import sha256_of_file
 
@@ -148,3 +149,15 @@ def _snapshot(reference: str, repository: str, revision: str | None) -> Path:
         raise FileNotFoundError(
             f"model {reference!r}: not a folder, and not on the hub within reach ({reason}); {_FORMS}"
         ) from error
+
+
+def num_positions(model: Any) -> int | None:
+    """Return the tokens a loaded model has positions for, None if it says nothing.
+
+    RoBERTa's kind counts positions from the one after padding's, so its table holds more rows than a text can have tokens.
+    """
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.num_embeddings) - int(module.padding_idx) - 1
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return None if positions is None else int(positions)

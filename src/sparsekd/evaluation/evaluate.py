@@ -56,7 +56,7 @@ def _system(experiment: Experiment, name: str, fields: dict[str, Any], trained: 
     rankings, sparsity = _rank(experiment, name, trained)
     figures = {**measure(rankings, qrels), **sparsity}
     with publish(folder, kind="run", fields=fields, extra=experiment.provenance()) as temporary:
-        write_trec_run(temporary / "run.trec", rankings, f"{name.replace(':', '-')}-{key_of(fields)[:8]}")
+        write_trec_run(temporary / "run.trec", rankings, f"sparsekd-{key_of(fields)}")
         write_json_atomically(temporary / METRICS, figures)
     logger.info("evaluation of %s: %s", name, figures)
     return Artifact(folder, read_manifest(folder))

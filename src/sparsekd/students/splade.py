@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsekd.model_reference import num_positions
 from sparsekd.recipe import Student
 from sparsekd.students.fused_head import splade_max
 
@@ -59,19 +60,11 @@ def build_student(student: Student, folder: Path) -> SparseEncoder:
     modules = [transformer, SpladePooling("max", embedding_dimension=masked_lm.config.vocab_size)]
     prompts = {"query": student.query_prompt, "document": student.passage_prompt}
     model = SparseEncoder(modules=modules, prompts=prompts, device="cpu")
-    limit = _num_positions(masked_lm)
+    limit = num_positions(masked_lm)
     if limit is not None and student.max_length > limit:
         raise ValueError(f"[student] max_length = {student.max_length}: {student.model} has {limit} positions; lower it")
     model.max_seq_length = student.max_length
     return model.eval()
-
-
-def _num_positions(masked_lm: PreTrainedModel) -> int | None:
-    """Tokens a text can have; RoBERTa's kind counts positions from the one after padding's, so its table holds more."""
-    for name, module in masked_lm.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
-            return module.num_embeddings - module.padding_idx - 1
-    return getattr(masked_lm.config, "max_position_embeddings", None)
 
 
 def _load_masked_lm(student: Student, folder: Path) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from sparsekd.device import prepare_device
+from sparsekd.model_reference import num_positions
 from sparsekd.recipe import EncoderSpec, Run
 
 
@@ -28,7 +29,7 @@ def model_arguments(spec: EncoderSpec, run: Run) -> dict[str, Any]:
 
 def length_limit(model: Any, spec: EncoderSpec) -> int | None:
     """Return the tokens a loaded model takes, None if it has no limit; ValueError if the recipe asks for more than it can."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = num_positions(model)
     if spec.max_length is not None and positions is not None and 0 < positions < spec.max_length:
         raise ValueError(
             f"model {spec.model!r}: max_length = {spec.max_length}, but it has only {positions} positions; "

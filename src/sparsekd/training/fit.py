@@ -97,7 +97,7 @@ def build_trainer(
 
     from sparsekd.training.checkpoints import SealCheckpoint
     from sparsekd.training.losses import build_loss
-    from sparsekd.training.trainer import DistillationTrainer, RowCollator
+    from sparsekd.training.trainer import DistillationTrainer, LogLastStep, RowCollator
 
     arguments = _arguments(recipe, work_folder, num_passages)
     loss = build_loss(model, recipe)
@@ -110,7 +110,7 @@ def build_trainer(
         train_dataset=rows,
         loss=loss,
         data_collator=RowCollator(model.preprocess, valid_label_columns=["label"], prompts=arguments.prompts),
-        callbacks=[schedule, SealCheckpoint(key)],
+        callbacks=[schedule, SealCheckpoint(key), LogLastStep()],
     )
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for the result; DistillationTrainer.log logs
     return trainer

