@@ -11,10 +11,7 @@ def prepare_device(run: Run) -> str:
 
     if run.threads is not None:
         torch.set_num_threads(run.threads)
-    try:
-        device = torch.device(run.device)
-    except RuntimeError as error:
-        raise ValueError(f"[run] device = {run.device!r} is no torch device; expected e.g. cpu, cuda or cuda:1") from error
+    device = torch.device(run.device)
     if device.type == "cuda":
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= found:

@@ -29,6 +29,8 @@ def describe_plan(plan: Plan, kinds: Sequence[str]) -> str:
         if hit is None:
             missing.append(kind)
             lines += _why(plan, kind, fields)
+        else:
+            missing.clear()  # what this one was made of is not needed any more
     if "tables" in kinds and "tables" in missing:
         lines += _pairs(plan)
     lines.append("order of work: " + (" -> ".join(missing) if missing else "nothing to do"))

@@ -12,6 +12,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from sparsekd.artifact import Artifact, key_of, publish, read_manifest, write_json_atomically
 from sparsekd.bank.embeddings import EmbeddingBank
+from sparsekd.bank.manifest import locked
 from sparsekd.bank.scores import ScoreBank, TeacherScores
 from sparsekd.collection.beir import Collection, read_collection
 from sparsekd.labels.banked import BankedScores
@@ -32,6 +34,7 @@ from sparsekd.provenance import provenance
 from sparsekd.recipe import DenseMiner, Recipe, Teacher
 
 if TYPE_CHECKING:
+    from sparsekd.teachers.dense import DenseEncoder
     from sparsekd.teachers.protocols import Similarity
 
 logger = logging.getLogger(__name__)
@@ -88,20 +91,23 @@ class _BankedVectors:
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
+        self._encoders: dict[DenseMiner, DenseEncoder] = {}
+
+    def _encoder(self, spec: DenseMiner) -> DenseEncoder:
+        from sparsekd.teachers.dense import DenseEncoder
+
+        return self._encoders.setdefault(spec, DenseEncoder(spec, self._experiment.recipe.run))
 
     def similarity(self, spec: DenseMiner) -> Similarity:
         """Return the similarity the encoder declares."""
-        from sparsekd.teachers.dense import DenseEncoder
-
-        return DenseEncoder(spec, self._experiment.recipe.run).similarity
+        return self._encoder(spec).similarity
 
     def vectors(self, spec: DenseMiner, texts: Sequence[str], role: Literal["query", "passage"]) -> NDArray[np.float32]:
         """Return float32 [n, D] in the order of ``texts``."""
-        from sparsekd.teachers.dense import DenseEncoder
         from sparsekd.teachers.embedding import banked_vectors
 
-        run = self._experiment.recipe.run
-        return banked_vectors(DenseEncoder(spec, run), self._experiment.embedding_bank, texts, role, run.shard_pairs)
+        shard_texts = self._experiment.recipe.run.shard_pairs
+        return banked_vectors(self._encoder(spec), self._experiment.embedding_bank, texts, role, shard_texts)
 
 
 def score_table(experiment: Experiment) -> ScoreTable:
@@ -109,8 +115,8 @@ def score_table(experiment: Experiment) -> ScoreTable:
     plan = experiment.plan
     hit = plan.hit("tables", plan.table_fields)
     if hit is not None:
-        logger.info("table %s: hit", hit.key)
-        return ScoreTable.open(hit.folder)
+        logger.info("table %s: hit, no pair scored", hit.key)
+        return described(ScoreTable.open(hit.folder), experiment.recipe)
     mined = candidates(experiment)
     counts = {**_score_pairs(experiment, mined), "mining": mined.counts}
     banked = BankedScores(experiment.collection, {t.name: experiment.scores_of(t) for t in experiment.recipe.teachers})
@@ -124,8 +130,8 @@ def score_table(experiment: Experiment) -> ScoreTable:
         counts=counts,
         extra=experiment.provenance(),
     )
-    describe(table, experiment.recipe)
-    return table
+    logger.info("pairs: %d, %d scored, %d reused", counts["pairs"], counts["pairs_scored"], counts["pairs_reused"])
+    return described(table, experiment.recipe)
 
 
 def _score_pairs(experiment: Experiment, mined: Candidates) -> dict[str, int]:
@@ -140,7 +146,7 @@ def _score_pairs(experiment: Experiment, mined: Candidates) -> dict[str, int]:
         _positions(query_ids, queries),
         _positions(passage_ids, passages),
     )
-    total = {"pairs": 0, "pairs_scored": 0, "pairs_reused": 0, "num_truncated": 0}
+    total = {"pairs": 0, "pairs_scored": 0, "pairs_reused": 0}
     for teacher in experiment.recipe.teachers:
         counts = bank_scores(teacher, experiment.recipe.run, experiment.scores_of(teacher), experiment.embedding_bank, texts)
         total = {name: value + getattr(counts, name) for name, value in total.items()}
@@ -152,11 +158,9 @@ def _positions(ids: Sequence[str], unique: Sequence[str]) -> NDArray[np.int32]:
     return np.fromiter((place_by_id[text_id] for text_id in ids), dtype=np.int32, count=len(ids))
 
 
-def describe(table: ScoreTable, recipe: Recipe) -> None:
-    """Log the lines that catch a broken teacher or a wrong scale before a student is trained."""
-    counts = table.counts
-    logger.info("pairs: %d, %d scored, %d reused", counts["pairs"], counts["pairs_scored"], counts["pairs_reused"])
-    if table.kind == "score_list":
+def described(table: ScoreTable, recipe: Recipe) -> ScoreTable:
+    """Log how sharp a target the training's softmax makes of the table, where the loss takes one; return the table."""
+    if recipe.training.loss == "SparseDistillKLDivLoss" and table.kind == "score_list":
         entropy, support = softmax_entropy(table.labels(), recipe.training.temperature)
         logger.info(
             "softmax at temperature %g: entropy %.3f nats, effective support %.2f of %d passages",
@@ -165,21 +169,37 @@ def describe(table: ScoreTable, recipe: Recipe) -> None:
             support,
             table.num_passages,
         )
+    return table
 
 
 def student(experiment: Experiment) -> Artifact:
-    """Find or train the student; the folder is a plain sentence-transformers model."""
+    """Find or train the student; the folder is a plain sentence-transformers model.
+
+    One process trains a key at a time; another that asks for it waits and finds it made.
+    """
     plan, fields = experiment.plan, experiment.plan.student_fields
+    folder = plan.folder("students", fields)
+    work_folder = folder.with_name(f"{folder.name}.work")
     hit = plan.hit("students", fields)
-    if hit is not None:
+    if hit is None:
+        if plan.hit("tables", plan.table_fields) is None:
+            from sparsekd.training.fit import check_student
+
+            check_student(experiment.recipe)  # a student that cannot be is refused before a teacher is paid
+        table = score_table(experiment)
+        with locked(folder.with_name(f".{folder.name}.lock")):
+            hit = plan.hit("students", fields) or _trained(experiment, table, folder, work_folder)
+    else:
         logger.info("student %s: hit", hit.key)
-        return hit
-    table = score_table(experiment)
+    shutil.rmtree(work_folder, ignore_errors=True)  # also what a crash between publishing and this line has left
+    return hit
+
+
+def _trained(experiment: Experiment, table: ScoreTable, folder: Path, work_folder: Path) -> Artifact:
     from sparsekd.training.card import write_card
     from sparsekd.training.fit import train
 
-    folder = plan.folder("students", fields)
-    work_folder = folder.with_name(f"{folder.name}.work")
+    fields = experiment.plan.student_fields
     trained = train(experiment.recipe, table, experiment.collection, work_folder=work_folder, key=key_of(fields))
     extra: dict[str, Any] = {
         **experiment.provenance(),
@@ -189,6 +209,4 @@ def student(experiment: Experiment) -> Artifact:
         trained.model.save_pretrained(str(temporary), create_model_card=False)
         write_card(temporary / "README.md", experiment.recipe, table, extra, trained)
         write_json_atomically(temporary / "training.json", trained.log_history)
-    shutil.rmtree(work_folder, ignore_errors=True)
     return Artifact(folder, read_manifest(folder))
-

@@ -24,10 +24,12 @@ _FORMS = (
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _FETCHED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.tiktoken"]
 _SUFFIXES = frozenset(pattern.removeprefix("*") for pattern in _FETCHED)
-# Other backends' exports and the trainer's own state: no output of the torch model depends on them.
+# Other backends' exports, the trainer's own state, and what this project writes beside a student's weights (manifest.json and
+# training.json, which hold times and commands): no output of the torch model depends on them.
 _FOREIGN_FOLDERS = re.compile(r"onnx|openvino|eval|checkpoint-\d+|__pycache__|\..*", re.IGNORECASE)
 _FOREIGN_FILES = re.compile(
-    r"readme.*|license.*|notice.*|\..*|data_config\.json|trainer_state\.json|\w+_results\.json", re.IGNORECASE
+    r"readme.*|license.*|notice.*|\..*|data_config\.json|trainer_state\.json|\w+_results\.json|manifest\.json|training\.json",
+    re.IGNORECASE,
 )
 
 
@@ -136,14 +138,17 @@ def _snapshot(reference: str, repository: str, revision: str | None) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    download = functools.partial(
+        huggingface_hub.snapshot_download, repository, revision=revision, allow_patterns=_FETCHED
+    )  # the same patterns for both: a file left out below would make the cached snapshot incomplete on every later run
     try:
-        path = Path(huggingface_hub.snapshot_download(repository, revision=revision, local_files_only=True))
+        path = Path(download(local_files_only=True))
         if any(path.rglob("*.safetensors")):
             return path
     except (LocalEntryNotFoundError, HFValidationError):
         pass  # not in the cache; the download below says what is wrong
     try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_FETCHED))
+        return Path(download())
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(

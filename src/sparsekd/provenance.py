@@ -1,11 +1,14 @@
-"""What every manifest says about how it was made: the command, the versions, the machine's kind. No host, user or path."""
+"""What every manifest says about how it was made: the command, the versions, the machine's kind.
+
+No host and no user; paths only as the recipe gives them.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
+import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,7 @@ def command(arguments: Sequence[str] | None = None) -> str:
     script = Path(argv[0])
     if script.is_absolute():
         script = Path(*script.parts[-2:]) if script.parent.name == "pipeline" else Path(script.name)
-    return " ".join(["python", str(script), *argv[1:]])
+    return shlex.join(["python", str(script), *argv[1:]])
 
 
 def provenance(overrides: Sequence[str]) -> dict[str, Any]:
@@ -43,5 +46,4 @@ def provenance(overrides: Sequence[str]) -> dict[str, Any]:
         "overrides": list(overrides),
         "versions": versions(),
         "machine": f"{platform.system()} {platform.machine()}",
-        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

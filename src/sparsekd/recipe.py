@@ -218,7 +218,7 @@ class Run(_Section):
 
     cache: str = Field(default="data/cache", min_length=1)
     """Folder of the bank and of everything made."""
-    device: str = "cpu"
+    device: str = Field(default="cpu", pattern=r"^(cpu|mps|cuda(:\d+)?)$")
     """torch device; ``cuda`` is used only when asked for, and refused where there is none."""
     threads: int | None = Field(default=None, ge=1)
     """Compute threads; None leaves torch's own choice."""

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sparsekd.artifact import IntegrityError
 from sparsekd.plan import Plan
 from sparsekd.recipe import load_recipe
 
@@ -36,8 +37,13 @@ def run_stage(description: str, stage: Callable[[Plan], Path], kinds: Sequence[s
             sys.stdout.write(describe_plan(plan, kinds) + "\n")
             return 0
         folder = stage(plan)
+    except IntegrityError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     except (ValueError, FileNotFoundError) as error:
-        logger.debug("%s", traceback.format_exc())
+        if not _is_ours(error):
+            traceback.print_exc()
+            return 1
         sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:
@@ -48,6 +54,12 @@ def run_stage(description: str, stage: Callable[[Plan], Path], kinds: Sequence[s
         return 1
     sys.stdout.write(f"{folder}\n")
     return 0
+
+
+def _is_ours(error: Exception) -> bool:
+    """Tell a refusal, raised by this package with a message for people, from a library's error that nobody foresaw."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return Path(__file__).parent in raised_in.parents
 
 
 def _parser(description: str) -> argparse.ArgumentParser:

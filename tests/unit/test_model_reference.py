@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -93,6 +94,32 @@ def test_cached_hub_id_resolves_offline_with_its_commit(tmp_path: Path) -> None:
     assert done.stdout.split() == [commit, commit, "False"]
 
 
+def test_a_snapshot_fetched_without_pickles_is_found_without_the_network(tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--org--name"
+    make_folder(repository / "snapshots" / commit)
+    for folder in ("refs", "trees"):
+        (repository / folder).mkdir()
+    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
+    # the hub's listing, which huggingface_hub keeps: it holds a file that is never fetched
+    listed = {name: {"size": 1, "blob_id": "0" * 40} for name in (*FILES, "pytorch_model.bin")}
+    tree = {"format_version": 1, "files": listed}
+    (repository / "trees" / f"{commit}.json").write_text(json.dumps(tree), encoding="utf-8")
+    code = (
+        "import sys\n"
+        "def refuse(event, _):\n"
+        "    if event in ('socket.getaddrinfo', 'socket.connect'): raise RuntimeError(event)\n"
+        "sys.addaudithook(refuse)\n"
+        "from sparsekd.model_reference import resolve\n"
+        "print(resolve('org/name').revision)"
+    )  # online, as a user runs it: offline, a download would quietly return the same folder
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+    assert (done.stdout.strip(), done.stderr) == (commit, "")
+
+
 def test_identity_is_the_digest_of_every_deciding_file(folder: Path) -> None:
     assert weights_identity(folder) == {name: sha256_of_file(folder / name) for name in sorted(FILES)}
 
@@ -132,6 +159,8 @@ def test_an_added_deciding_file_changes_the_identity(folder: Path, name: str) ->
         "trainer_state.json",
         "checkpoint-100/model.safetensors",
         "eval/similarity.json",
+        "manifest.json",
+        "training.json",
         "__pycache__/x.py",
     ],
 )

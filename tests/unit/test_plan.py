@@ -5,6 +5,7 @@ Models here are folders with the files that identities digest; nothing loads the
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -123,6 +124,8 @@ def save_model(folder: Path, seed: int) -> None:
     weights = np.random.default_rng(seed).standard_normal(8).astype(np.float32)
     save_file({"weight": weights}, folder / "model.safetensors")
     (folder / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
+    module = {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"}
+    (folder / "modules.json").write_text(json.dumps([module]), encoding="utf-8")
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     (folder / "README.md").write_text("a model card", encoding="utf-8")
 

@@ -358,3 +358,10 @@ def _refusal_of(document: dict[str, Any]) -> list[str]:
         return said
     assert all(math.isfinite(weight) for weight in recipe.labels.weights.values())
     return []
+
+
+@pytest.mark.parametrize("device", ["warp", "cpu:0", "cuda:", "CUDA"])
+def test_a_device_of_no_known_kind_is_refused(refusal: Refusal, device: str) -> None:
+    said = refusal(WHOLE, f'run.device="{device}"')
+
+    assert said.startswith(f"[run] device = '{device}': string should match pattern '^(cpu|mps|cuda")

@@ -10,7 +10,7 @@ import logging
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from sparsekd.artifact import Artifact, key_of, publish, read_manifest, write_json_atomically
+from sparsekd.artifact import Artifact, key_of, publish, read_manifest, verify, write_json_atomically
 from sparsekd.device import prepare_device
 from sparsekd.evaluation.measures import DEPTH, measure
 from sparsekd.evaluation.runs import Ranking, Rankings, write_trec_run
@@ -32,6 +32,7 @@ def evaluate(experiment: Experiment) -> Artifact:
     if hit is not None:
         logger.info("evaluation %s: hit", hit.key)
         return hit
+    judgements(experiment.recipe, experiment.collection, experiment.recipe.evaluation.split)  # refused before training
     trained = student(experiment)
     runs = {name: _system(experiment, name, system, trained) for name, system in plan.system_fields().items()}
     figures = {name: json.loads((run.folder / METRICS).read_text(encoding="utf-8")) for name, run in runs.items()}
@@ -85,6 +86,7 @@ def _load_student(experiment: Experiment, name: str, trained: Artifact) -> Spars
         return untrained_student(experiment.recipe, experiment.collection).to(device)
     from sentence_transformers import SparseEncoder
 
+    verify(trained)
     return SparseEncoder(str(trained.folder), device=device)
 
 

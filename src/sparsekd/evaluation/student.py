@@ -8,6 +8,7 @@ Q queries, P passages, V vocabulary, K search depth.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,8 @@ from sparsekd.teachers.progress import progress
 if TYPE_CHECKING:
     import torch
     from sentence_transformers import SparseEncoder
+
+logger = logging.getLogger(__name__)
 
 Role = Literal["query", "passage"]
 
@@ -126,24 +129,28 @@ def _encoded_blocks(
     """Yield the vectors of BLOCK texts after BLOCK texts, each block in input order."""
     prompt = model.prompts.get(_PROMPT_BY_ROLE[role]) or ""
     yield scipy.sparse.csr_matrix((0, model.get_embedding_dimension()), dtype=np.float32)  # so that no texts have a width too
+    limit, num_cut = model.max_seq_length or np.iinfo(np.int64).max, 0
     with progress(f"encode {role} texts", total=len(texts), unit="texts") as bar:
         for start in range(0, len(texts), BLOCK):
             block = list(texts[start : start + BLOCK])
             order, parts = [], []
-            for batch in length_batches(_token_lengths(model, [prompt + text for text in block]), batch_tokens):
+            lengths = _token_lengths(model, [prompt + text for text in block])
+            num_cut += int((lengths > limit).sum())
+            for batch in length_batches(np.minimum(lengths, limit), batch_tokens):
                 for first in range(0, len(batch), _BLOCK_ROWS):
                     rows = batch[first : first + _BLOCK_ROWS]
                     order.append(rows)
                     parts.append(_to_csr(_forward(model, [block[row] for row in rows], prompt)))
             yield scipy.sparse.vstack(parts, format="csr")[np.argsort(np.concatenate(order))]
             bar.update(len(block))
+    logger.info("student: %s texts %d, %d of them over %d tokens and cut there", role, len(texts), num_cut, limit)
 
 
 def _token_lengths(model: SparseEncoder, texts: list[str]) -> NDArray[np.int64]:
-    """Tokens of each text, special ones included, cut where the model cuts; only the batches depend on it."""
+    """Tokens of each text, special ones included, before the model cuts it."""
     tokenizer: Any = model.tokenizer
     tokens = tokenizer(texts, truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return np.minimum([len(ids) for ids in tokens], model.max_seq_length or np.iinfo(np.int64).max).astype(np.int64)
+    return np.array([len(ids) for ids in tokens], dtype=np.int64)
 
 
 def _forward(model: SparseEncoder, texts: list[str], prompt: str) -> torch.Tensor:

@@ -83,7 +83,9 @@ class DenseIndex:
             )
         if self._on_gpu and depth > _GPU_WINDOW - _SLACK:
             limit = _GPU_WINDOW - _SLACK
-            raise ValueError(f"dense search: depth {depth} on a GPU, where {limit} is the limit; lower it or use --device cpu")
+            raise ValueError(
+                f"dense search: depth {depth} on a GPU, where {limit} is the limit; lower it or use --set run.device=cpu"
+            )
         num_passages = len(self.passage_ids)
         depth = min(depth, num_passages)
         window = min(num_passages, depth + _SLACK)
@@ -144,7 +146,7 @@ def _flat_index(width: int, similarity: Similarity, device: str) -> tuple[Any, b
     if num_gpus == 0 or number >= num_gpus:
         raise ValueError(
             f"[run] device = {device!r}, but FAISS sees {num_gpus} GPUs ({', '.join(installed_faiss()) or 'faiss'}); "
-            "use --device cpu, or install faiss-gpu in place of faiss-cpu: a fresh environment with make setup EXTRAS=gpu"
+            "use --set run.device=cpu, or install faiss-gpu in place of faiss-cpu: a fresh environment with make setup EXTRAS=gpu"
         )
     return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), number, index), True
 

@@ -91,6 +91,23 @@ def _refuse_other_kind(reference: str, folder: Path) -> None:
             f"model {reference!r}: {folder} holds a {kind}; expected a dense bi-encoder; "
             'for a cross-encoder say kind = "cross-encoder"'
         )
+    if not (folder / "modules.json").is_file():  # sentence-transformers would choose a pooling: the mean, or the last token
+        raise ValueError(
+            f"model {reference!r}: {folder} has no modules.json, so nothing says how its token vectors become one; expected a "
+            "saved sentence-transformers folder; save it once as a SentenceTransformer with the pooling it was trained with"
+        )
+    _refuse_router(reference, folder)
+
+
+def _refuse_router(reference: str, folder: Path) -> None:
+    """Refuse an asymmetric encoder: encode() names no task, so queries would silently take the default route."""
+    for module in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
+        if module["type"].rpartition(".")[2] in ("Router", "Asym"):
+            raise ValueError(
+                f"model {reference!r}: {folder / 'modules.json'} lists a {module['type']}, which sends queries and passages "
+                "through different modules; expected one encoder for both, since texts are encoded without naming a task and "
+                "queries would take the document route; name a dense bi-encoder without a router"
+            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -37,16 +37,22 @@ class TrainedStudent:
     resumed_from_step: int
 
 
+def check_student(recipe: Recipe) -> SparseEncoder:
+    """Return the student without its bias calibrated; ValueError if the recipe asks for one that cannot be, or for no device."""
+    _check_device(recipe)
+    folder = resolve(recipe.student.model).path
+    if recipe.student.initial_active_dims is not None and has_masked_lm_head(folder):
+        raise ValueError(
+            f"[student] initial_active_dims: {recipe.student.model} brings a trained masked-LM head, whose bias is left alone; "
+            "remove the key"
+        )
+    return build_student(recipe.student, folder)
+
+
 def untrained_student(recipe: Recipe, collection: Collection) -> SparseEncoder:
     """Return the student as it is before step 0, its bias calibrated on passages of the collection if the recipe asks for it."""
-    folder = resolve(recipe.student.model).path
-    model = build_student(recipe.student, folder)
+    model = check_student(recipe)
     if recipe.student.initial_active_dims is not None:
-        if has_masked_lm_head(folder):
-            raise ValueError(
-                f"[student] initial_active_dims: {recipe.student.model} brings a trained masked-LM head, whose bias is left alone; "
-                "remove the key"
-            )
         # A sample by hash, so that file order changes nothing.
         ids = sorted(collection.passages, key=lambda passage_id: hashlib.sha256(passage_id.encode()).digest())
         sample = [collection.passages[passage_id] for passage_id in ids[:_CALIBRATION_PASSAGES]]
@@ -68,7 +74,6 @@ def train(recipe: Recipe, table: ScoreTable, collection: Collection, *, work_fol
 
     from sparsekd.training.checkpoints import newest_whole_checkpoint
 
-    _check_device(recipe)
     check_for_loss(table, recipe.training.loss)
     rows = training_rows(table, collection)
     set_seed(recipe.training.seed)

@@ -219,6 +219,35 @@ def test_a_plain_classifier_called_dense_is_refused(cross_folder: Path) -> None:
         teacher_identity(dense(cross_folder))
 
 
+def test_a_folder_that_says_no_pooling_is_refused(tiny_headless_folder: Path) -> None:
+    message = (
+        r"has no modules.json, so nothing says .* expected a saved sentence-transformers folder; "
+        "save it once as a SentenceTransformer with the pooling it was trained with"
+    )
+    with pytest.raises(ValueError, match=message):
+        teacher_identity(dense(tiny_headless_folder))
+
+
+def test_a_router_saved_by_the_library_is_refused(tiny_encoder_folder: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Router
+
+    routes = [list(SentenceTransformer(str(tiny_encoder_folder), device="cpu").children()) for _ in range(2)]
+    router = Router.for_query_document(query_modules=routes[0], document_modules=routes[1])
+    SentenceTransformer(modules=[router], device="cpu").save_pretrained(str(tmp_path / "routed"), create_model_card=False)
+
+    with pytest.raises(ValueError, match=r"modules.json lists a .*\.Router, .* queries would take the document route"):
+        teacher_identity(dense(tmp_path / "routed"))
+
+
+def test_an_asym_module_of_older_versions_is_refused(dense_folder: Path) -> None:
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Asym"}]
+    (dense_folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+
+    with pytest.raises(ValueError, match=r"lists a sentence_transformers.models.Asym, .* expected one encoder for both"):
+        teacher_identity(dense(dense_folder))
+
+
 def test_a_late_interaction_similarity_is_refused(dense_folder: Path) -> None:
     set_json("config_sentence_transformers.json", similarity_fn_name="maxsim")(dense_folder)
 
