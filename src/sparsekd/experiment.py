@@ -187,6 +187,7 @@ def student(experiment: Experiment) -> Artifact:
 
             check_student(experiment.recipe)  # a student that cannot be is refused before a teacher is paid
         table = score_table(experiment)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f".{folder.name}.lock")):
             hit = plan.hit("students", fields) or _trained(experiment, table, folder, work_folder)
     else:
