@@ -138,9 +138,7 @@ def publish(folder: Path, *, kind: str, fields: Mapping[str, Any], extra: dict[s
         for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
             fsync_path(path)
             files[path.relative_to(temporary).as_posix()] = {"bytes": path.stat().st_size, "xxh3_128": checksum_of_file(path)}
-        finished_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        made_of = {"kind": kind, "key": key_of(fields), "fields": dict(fields), "files": files}
-        manifest = {**extra, "finished_at": finished_at, **made_of}
+        manifest = {**extra, "kind": kind, "key": key_of(fields), "fields": dict(fields), "files": files}
         write_json_atomically(temporary / MANIFEST, manifest)
         for path in (p for p in temporary.rglob("*") if p.is_dir()):
             fsync_path(path)

@@ -9,6 +9,7 @@ import importlib.metadata
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,4 +47,5 @@ def provenance(overrides: Sequence[str]) -> dict[str, Any]:
         "overrides": list(overrides),
         "versions": versions(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "recorded_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -44,5 +44,6 @@ def test_provenance_is_json_and_names_no_host_and_no_user(monkeypatch: pytest.Mo
     text = json.dumps(said)
     assert said["command"] == "python pipeline/evaluate.py r.toml --set training.seed=1"
     assert said["overrides"] == ["training.seed=1"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", said["recorded_at"])
     assert str(tmp_path) not in text
     assert not {socket.gethostname(), getpass.getuser()} & set(re.findall(r"[\w.-]+", text))
