@@ -15,7 +15,7 @@ from sparsekd.labels.rows import filter_pairs
 from sparsekd.mining.candidates import Candidates
 from sparsekd.plan import Plan
 
-_BYTES_PER_PAIR = 24  # two references to 16-byte keys, a float32, and Arrow's padding, as measured on banks of 10^5 pairs and more
+_BYTES_PER_PAIR = 24  # `sparsekd bank ls` says 1.46 MB for 66,499 pairs; rounded up
 _FIELDS_SHOWN = 6
 
 

@@ -123,7 +123,7 @@ class Calibration(_Section):
     mean: float = 0.0
     """Reference mean for affine."""
     std: float = Field(default=1.0, gt=0)
-    """Reference standard deviation for affine; MS MARCO MiniLM cross-encoder logits spread by about 5."""
+    """Reference standard deviation for affine."""
 
 
 class Labels(_Section):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Tokens multiplied with the vocabulary at once: 256 x 30,522 logits are 31 MB; larger blocks leave the CPU's cache for no speed.
+# Tokens multiplied with the vocabulary at once: 256 x 30,522 logits are 31 MB. By size, not tuned.
 _BLOCK_TOKENS = 256
 # 250 MB of float32 logits: a matrix product that fills a large GPU. By size, not measured.
 _BATCHED_BLOCK_TOKENS = 2048
