@@ -1,10 +1,13 @@
-"""One SPLADE distillation step, forward and backward: sentence-transformers' own modules against the fused head.
+"""One SPLADE distillation step, MarginMSE and FLOPS, forward and backward: sentence-transformers' SpladeLoss and CachedSpladeLoss
+on its own modules ("plain", "cached") against the fast step ("fast": no padding, the fused head, one forward of all passages).
 
-Both paths run on one student (same weights, same tokens, dropout off), turn by turn in one process, so that a busy machine slows
-both; ratios are taken pair by pair, above 1 where ours is better. Peak memory growth is taken in a fresh process per path: resident
-memory on a CPU, torch's allocations on a GPU. Texts are docstrings of the Python that runs this. Nothing is downloaded.
+All run on one student (same weights, same texts, dropout off), turn by turn in one process, so that a busy machine slows all;
+ratios are taken round by round, above 1 where ours is better. Peak memory growth is taken in a fresh process per path: resident
+memory on a CPU, torch's allocations on a GPU. Texts are docstrings of the Python that runs this, as long as they are or with --full
+all of --tokens. Tokenising is timed on no path. Nothing is downloaded.
 
     python benchmarks/training_step.py --active-dims 300
+    python benchmarks/training_step.py --active-dims 300 --full
     python benchmarks/training_step.py --quick
     python benchmarks/training_step.py --device cuda --pairs 20
 """
@@ -30,8 +33,11 @@ from typing import Any
 
 SEED = 0
 RECIPE = Path(__file__).resolve().parents[1] / "pipeline" / "recipes" / "quickstart.toml"
-PATHS = ("plain", "fused")
+PATHS = ("plain", "cached", "fast")
+MINI_BATCH = 16  # texts embedded at once by CachedSpladeLoss
 MEGABYTE = 1 << 20
+AGAINST = {"plain": "", "cached": "_vs_cached"}
+"""What the fast path is compared with, and how its figures' names end."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,8 @@ class Step:
     """What a step needs; every tensor is on the device."""
 
     model: Any
-    loss: Any
-    columns: list[dict[str, Any]]
+    losses: dict[str, Any]
+    columns: dict[str, list[dict[str, Any]]]
     labels: Any
 
 
@@ -51,14 +57,14 @@ def main() -> None:
         print(json.dumps({"memory_mb": memory_growth_mb(prepare(options), options.measure)}))
         return
     step = prepare(options)
-    tokens = sum(int(column["attention_mask"].sum()) for column in step.columns)
+    tokens = sum(int(column["attention_mask"].sum()) for column in step.columns["plain"])
     size = f"{options.queries} queries x {options.passages} passages up to {options.tokens} tokens"
     print(f"{size}, {tokens} in all, on {options.device}")
     figures: dict[str, Any] = {"bench": "training_step", "device": options.device, "tokens": tokens}
     figures |= compare(step, options.pairs)
     memory = {path: measured_alone(path) for path in PATHS}
-    figures |= {"ratio_memory": memory["plain"] / memory["fused"], "memory_mb": memory}
-    print(f"peak memory growth: plain {memory['plain']:.0f} MB, fused {memory['fused']:.0f} MB")
+    figures |= {f"ratio_memory{name}": memory[path] / memory["fast"] for path, name in AGAINST.items()} | {"memory_mb": memory}
+    print("peak memory growth: " + ", ".join(f"{path} {megabytes:.0f} MB" for path, megabytes in memory.items()))
     print(json.dumps(figures))
 
 
@@ -69,6 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=8)
     parser.add_argument("--passages", type=int, default=8, help="passages of each query")
     parser.add_argument("--tokens", type=int, default=128, help="longest text")
+    parser.add_argument("--full", action="store_true", help="every passage is --tokens long")
     parser.add_argument("--pairs", type=int, default=3, help="times each path is measured, in turn")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", help="starting weights, as in a recipe's [student] model (default: the quickstart's)")
@@ -109,11 +116,14 @@ def _docstrings_of(path: Path) -> Iterator[str]:
 def prepare(options: argparse.Namespace) -> Step:
     """Build the recipe's untrained student, its loss, and one tokenised batch."""
     import torch
+    from sentence_transformers.sparse_encoder.losses import CachedSpladeLoss, SparseMarginMSELoss, SpladeLoss
     from sentence_transformers.util import batch_to_device
 
     from sparsekd.model_reference import resolve
     from sparsekd.recipe import load_recipe
-    from sparsekd.students.splade import build_student, calibrate_bias, has_masked_lm_head
+    from sparsekd.students.building import build_student
+    from sparsekd.students.calibration import calibrate_bias
+    from sparsekd.students.masked_lm import has_masked_lm_head
     from sparsekd.training.losses import build_loss
 
     logging.getLogger("transformers").setLevel(logging.ERROR)  # a table of the weights that the head starts without
@@ -130,30 +140,41 @@ def prepare(options: argparse.Namespace) -> Step:
         calibrate_bias(model, texts[options.queries :][: options.queries * options.passages], student.initial_active_dims)
     model = model.to(options.device).train()
     queries = [text.partition(". ")[0] for text in texts[: options.queries]]
+    if options.full:
+        texts = [" ".join([text] * options.tokens) for text in texts]  # cut at --tokens
     columns = [queries]
     for number in range(1, options.passages + 1):
         columns.append(texts[number * options.queries : (number + 1) * options.queries])
-    features = [batch_to_device(model.preprocess(column), model.device) for column in columns]
+    features = {}
+    for path in PATHS:
+        with forward(model, path):
+            features[path] = [batch_to_device(model.preprocess(column), model.device) for column in columns]
     generator = torch.Generator().manual_seed(SEED)
     labels = torch.randn(options.queries, options.passages, generator=generator).to(options.device)
-    return Step(model, build_loss(model, recipe).to(options.device), features, labels)
+    weights = {"document_regularizer_weight": student.lambda_passage, "query_regularizer_weight": student.lambda_query}
+    losses = {
+        "plain": SpladeLoss(model, SparseMarginMSELoss(model), **weights),
+        "cached": CachedSpladeLoss(model, SparseMarginMSELoss(model), **weights, mini_batch_size=MINI_BATCH),
+        "fast": build_loss(model, recipe).to(options.device),
+    }
+    return Step(model, losses, features, labels)
 
 
 @contextlib.contextmanager
-def head(step: Step, path: str) -> Iterator[None]:
-    """Let the student use the path's head while the context lasts."""
-    from sparsekd.students.splade import fused_head
+def forward(model: Any, path: str) -> Iterator[None]:
+    """Let the student use the path's modules while the context lasts."""
+    from sparsekd.students.fast import fast_student
 
-    with fused_head(step.model) if path == "fused" else contextlib.nullcontext():
+    with fast_student(model, packed=True, fused=True) if path == "fast" else contextlib.nullcontext():
         yield
 
 
-def run(step: Step) -> float:
+def run(step: Step, path: str) -> float:
     """Take one step without an update; return its seconds."""
     step.model.zero_grad(set_to_none=True)
     synchronize(step)
     started = time.perf_counter()
-    sum(step.loss([dict(column) for column in step.columns], step.labels).values()).backward()
+    sum(step.losses[path]([dict(column) for column in step.columns[path]], step.labels).values()).backward()
     synchronize(step)
     return time.perf_counter() - started
 
@@ -166,36 +187,35 @@ def synchronize(step: Step) -> None:
         torch.cuda.synchronize()
 
 
-def compare(step: Step, num_pairs: int) -> dict[str, Any]:
-    """Time both paths in turn; compare their gradients on the first, untimed, round."""
+def compare(step: Step, num_rounds: int) -> dict[str, Any]:
+    """Time all paths in turn; compare their gradients on the first, untimed, round."""
     gradients = {}
     for path in PATHS:
-        with head(step, path):
-            run(step)
+        with forward(step.model, path):
+            run(step, path)
         gradients[path] = {name: p.grad.clone() for name, p in step.model.named_parameters() if p.grad is not None}
-    if gradients["plain"].keys() != gradients["fused"].keys():
-        raise AssertionError("the two paths give gradients to different parameters")
+    if gradients["plain"].keys() != gradients["fast"].keys():
+        raise AssertionError("the plain and the fast path give gradients to different parameters")
     largest = max(float(gradient.abs().max()) for gradient in gradients["plain"].values())
-    difference = max(float((gradients["fused"][name] - value).abs().max()) for name, value in gradients["plain"].items())
+    difference = max(float((gradients["fast"][name] - value).abs().max()) for name, value in gradients["plain"].items())
     seconds: dict[str, list[float]] = {path: [] for path in PATHS}
-    print(f"{'pair':>4} {'plain s':>9} {'fused s':>9} {'ratio':>6}")
-    for number in range(num_pairs):
+    print(f"{'round':>5}" + "".join(f"{path + ' s':>10}" for path in PATHS))
+    for number in range(num_rounds):
         for path in PATHS:
-            with head(step, path):
-                seconds[path].append(run(step))
-        plain, fused = seconds["plain"][-1], seconds["fused"][-1]
-        print(f"{number + 1:>4} {plain:>9.3f} {fused:>9.3f} {plain / fused:>6.2f}", flush=True)
-    ratios = [plain / fused for plain, fused in zip(seconds["plain"], seconds["fused"], strict=True)]
-    active = {name: step.loss.get_submodule(name).active_dims for name in ("query_regularizer", "document_regularizer")}
-    print(f"ratio: median {statistics.median(ratios):.2f}, min {min(ratios):.2f}, max {max(ratios):.2f}")
+            with forward(step.model, path):
+                seconds[path].append(run(step, path))
+        print(f"{number + 1:>5}" + "".join(f"{seconds[path][-1]:>10.3f}" for path in PATHS), flush=True)
+    figures: dict[str, Any] = {}
+    for path, name in AGAINST.items():
+        ratios = [other / ours for other, ours in zip(seconds[path], seconds["fast"], strict=True)]
+        figures |= {f"ratio_rows{name}": statistics.median(ratios), f"range_rows{name}": [min(ratios), max(ratios)]}
+        print(f"rows against {path}: median {statistics.median(ratios):.2f}, min {min(ratios):.2f}, max {max(ratios):.2f}")
     print(f"largest gradient difference {difference:.2g} where the largest gradient is {largest:.2g}")
+    regularizers = {"query": step.losses["fast"].query_regularizer, "passage": step.losses["fast"].document_regularizer}
     return {
-        "ratio_rows": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
+        **figures,
         "seconds": {path: statistics.median(values) for path, values in seconds.items()},
-        "query_active_dims": active["query_regularizer"],
-        "passage_active_dims": active["document_regularizer"],
+        **{f"{side}_active_dims": regularizer.active_dims for side, regularizer in regularizers.items()},
         "max_grad": largest,
         "max_grad_diff": difference,
     }
@@ -210,16 +230,16 @@ def measured_alone(path: str) -> float:
 
 def memory_growth_mb(step: Step, path: str) -> float:
     """Return how far one step raises memory above what the student and the batch hold."""
-    if step.model.device.type == "cuda":
-        import torch
+    with forward(step.model, path):
+        if step.model.device.type == "cuda":
+            import torch
 
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        with head(step, path):
-            run(step)
-        return (torch.cuda.max_memory_allocated() - before) / MEGABYTE
-    with head(step, path), ResidentMemory() as memory:
-        run(step)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            run(step, path)
+            return (torch.cuda.max_memory_allocated() - before) / MEGABYTE
+        with ResidentMemory() as memory:
+            run(step, path)
     return (memory.peak - memory.before) / MEGABYTE
 
 

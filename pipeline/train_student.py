@@ -1,17 +1,40 @@
-"""Stage 2: train the student on the score table; stage 1 runs first where its table is missing or stale."""
+"""Stage 2: train the student on the score table; stage 1 runs first where its table is missing or stale.
+
+Alone, or as several processes that train one student: torchrun --nproc-per-node 2 pipeline/train_student.py RECIPE
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
-from sparsekd.experiment import Experiment, student
+from sparsekd.artifact import key_of
+from sparsekd.experiment import Experiment, score_table, student
 from sparsekd.plan import Plan
 from sparsekd.stage import run_stage
 
 
 def make(plan: Plan) -> Path:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return make_together(plan)
     return student(Experiment(plan)).folder
+
+
+def make_together(plan: Plan) -> Path:
+    """The first process does everything; the others take part in its training."""
+    from sparsekd.training import ranks
+    from sparsekd.training.fit import train
+
+    experiment = Experiment(plan)
+    if ranks.is_first():
+        with ranks.leading():
+            return student(experiment).folder
+    folder, key = plan.folder("students", plan.student_fields), key_of(plan.student_fields)
+    for _ in ranks.words():
+        work_folder = folder.with_name(f"{folder.name}.work")
+        train(plan.recipe, score_table(experiment), experiment.collection, work_folder=work_folder, key=key)
+    return folder
 
 
 if __name__ == "__main__":

@@ -109,6 +109,20 @@ def tiny_encoder_folder(tmp_path_factory: pytest.TempPathFactory, tiny_headless_
 
 
 @pytest.fixture(scope="session")
+def tiny_splade_folder(tmp_path_factory: pytest.TempPathFactory, tiny_masked_lm_folder: Path) -> Path:
+    """A saved SparseEncoder: BertForMaskedLM under max pooling, dot product, a prompt of its own for queries."""
+    from sentence_transformers import SparseEncoder
+    from sentence_transformers.sparse_encoder.modules import SpladePooling, Transformer
+
+    folder = tmp_path_factory.mktemp("splade")
+    body = Transformer(str(tiny_masked_lm_folder), transformer_task="fill-mask", model_kwargs={"dtype": "float32"})
+    prompts = {"query": "what is ", "document": ""}
+    model = SparseEncoder(modules=[body, SpladePooling("max")], prompts=prompts, device="cpu", similarity_fn_name="dot")
+    model.save_pretrained(str(folder), create_model_card=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_cross_encoder_folder(tmp_path_factory: pytest.TempPathFactory, save_tiny_model: Callable[..., Path]) -> Path:
     """A CrossEncoder: BertForSequenceClassification with one label, saved with the library's default activation, Sigmoid."""
     from sentence_transformers import CrossEncoder

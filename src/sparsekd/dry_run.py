@@ -11,6 +11,7 @@ from sparsekd.artifact import key_of, nearest
 from sparsekd.bank.scores import ScoreBank
 from sparsekd.collection.beir import read_collection
 from sparsekd.labels.banked import BankedScores
+from sparsekd.labels.building import scored_teachers
 from sparsekd.labels.rows import filter_pairs
 from sparsekd.mining.candidates import Candidates
 from sparsekd.plan import Plan
@@ -57,7 +58,7 @@ def _pairs(plan: Plan) -> list[str]:
         plan.collection_folder, max_passages=section.max_passages, max_train_queries=section.max_train_queries
     )
     bank = ScoreBank(plan.cache / "bank")
-    scores = {name: bank.open(identity) for name, identity in plan.teacher_identities.items()}
+    scores = {name: bank.open(plan.teacher_identities[name]) for name in scored_teachers(plan.recipe)}
     lines = []
     if plan.hit("candidates", plan.candidates_fields):
         query_ids, passage_ids = filter_pairs(Candidates.open(plan.folder("candidates", plan.candidates_fields)))

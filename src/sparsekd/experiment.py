@@ -2,16 +2,17 @@
 
     candidates -> scores of every (query, positive or candidate) pair in the bank -> score table -> student -> evaluation
 
-Each function returns at once on a hit, without importing torch. Every pair of the candidates is scored by every teacher, not
-only the pairs that rows use, so that a change of labels never calls a teacher.
+Each function returns at once on a hit, without importing torch. Where scores label, every pair of the candidates is scored by
+every teacher, not only the pairs that rows use, so that a change of labels never calls a teacher. Where none label, only a
+teacher that filters scores; an embedding table has its teacher encode the texts of its rows.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,16 +25,20 @@ from sparsekd.bank.manifest import locked
 from sparsekd.bank.scores import ScoreBank, TeacherScores
 from sparsekd.collection.beir import Collection, read_collection
 from sparsekd.labels.banked import BankedScores
-from sparsekd.labels.building import build_table
+from sparsekd.labels.building import build_table, scored_teachers
 from sparsekd.labels.calibration import softmax_entropy
 from sparsekd.labels.rows import choose_rows, filter_pairs
 from sparsekd.labels.score_table import ScoreTable
+from sparsekd.labels.vectors import vector_teacher, vocabulary_digest
 from sparsekd.mining.candidates import Candidates
 from sparsekd.plan import Plan
 from sparsekd.provenance import provenance
 from sparsekd.recipe import DenseMiner, Recipe, Teacher
 
 if TYPE_CHECKING:
+    import scipy.sparse
+    from sentence_transformers import SparseEncoder
+
     from sparsekd.teachers.dense import DenseEncoder
     from sparsekd.teachers.protocols import Similarity
 
@@ -57,6 +62,10 @@ class Experiment:
         return read_collection(
             self.plan.collection_folder, max_passages=section.max_passages, max_train_queries=section.max_train_queries
         )
+
+    def teacher(self, name: str) -> Teacher:
+        """Return the recipe's teacher of that name."""
+        return next(teacher for teacher in self.recipe.teachers if teacher.name == name)
 
     def scores_of(self, teacher: Teacher) -> TeacherScores:
         """Return the banked scores of a teacher."""
@@ -111,15 +120,16 @@ class _BankedVectors:
 
 
 def score_table(experiment: Experiment) -> ScoreTable:
-    """Find or build the score table, scoring only the pairs that no run has scored before."""
+    """Find or build the score table, asking teachers only for what no run has asked them before."""
     plan = experiment.plan
     hit = plan.hit("tables", plan.table_fields)
     if hit is not None:
         logger.info("table %s: hit, no pair scored", hit.key)
         return described(ScoreTable.open(hit.folder), experiment.recipe)
     mined = candidates(experiment)
-    counts = {**_score_pairs(experiment, mined), "mining": mined.counts}
-    banked = BankedScores(experiment.collection, {t.name: experiment.scores_of(t) for t in experiment.recipe.teachers})
+    teachers = [experiment.teacher(name) for name in scored_teachers(experiment.recipe)]
+    counts = {**_score_pairs(experiment, mined, teachers), "mining": mined.counts}
+    banked = BankedScores(experiment.collection, {teacher.name: experiment.scores_of(teacher) for teacher in teachers})
     rows = choose_rows(experiment.recipe, mined, banked)
     table = build_table(
         experiment.recipe,
@@ -127,6 +137,7 @@ def score_table(experiment: Experiment) -> ScoreTable:
         cache=plan.cache,
         fields=plan.table_fields,
         gold_sim=banked,
+        vectors=_TeacherVectors(experiment) if experiment.recipe.labels.kind == "embedding" else None,
         counts=counts,
         extra=experiment.provenance(),
     )
@@ -134,8 +145,32 @@ def score_table(experiment: Experiment) -> ScoreTable:
     return described(table, experiment.recipe)
 
 
-def _score_pairs(experiment: Experiment, mined: Candidates) -> dict[str, int]:
-    """Bank every teacher's score of every (query, positive or candidate); return pairs, scored and reused over all teachers."""
+class _TeacherVectors:
+    """Vectors of the sparse teacher that labels, through the bank; a VectorSource."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        from sparsekd.teachers.sparse import SparseTeacher, teacher_vocabulary
+
+        self._experiment = experiment
+        spec = experiment.teacher(vector_teacher(experiment.recipe))
+        self._teacher = SparseTeacher(spec, experiment.recipe.run)
+        self.vocabulary: Mapping[str, int] | None = teacher_vocabulary(spec)
+
+    def vectors(self, role: Literal["query", "passage"], text_ids: Sequence[str]) -> scipy.sparse.csr_matrix:
+        """Return float32 CSR [n, V] in the order of ``text_ids``."""
+        from sparsekd.teachers.sparse import banked_sparse_vectors
+
+        collection, shard_texts = self._experiment.collection, self._experiment.recipe.run.shard_pairs
+        text_by_id = collection.queries if role == "query" else collection.passages
+        texts = [text_by_id[text_id] for text_id in text_ids]
+        return banked_sparse_vectors(self._teacher, self._experiment.embedding_bank.sparse, texts, role, shard_texts)
+
+
+def _score_pairs(experiment: Experiment, mined: Candidates, teachers: Sequence[Teacher]) -> dict[str, int]:
+    """Bank these teachers' scores of every (query, positive or candidate); return pairs, scored and reused over all of them."""
+    total = {"pairs": 0, "pairs_scored": 0, "pairs_reused": 0}
+    if not teachers:
+        return total
     from sparsekd.teachers.scoring import PairTexts, bank_scores
 
     query_ids, passage_ids = filter_pairs(mined)
@@ -146,8 +181,7 @@ def _score_pairs(experiment: Experiment, mined: Candidates) -> dict[str, int]:
         _positions(query_ids, queries),
         _positions(passage_ids, passages),
     )
-    total = {"pairs": 0, "pairs_scored": 0, "pairs_reused": 0}
-    for teacher in experiment.recipe.teachers:
+    for teacher in teachers:
         counts = bank_scores(teacher, experiment.recipe.run, experiment.scores_of(teacher), experiment.embedding_bank, texts)
         total = {name: value + getattr(counts, name) for name, value in total.items()}
     return total
@@ -159,8 +193,11 @@ def _positions(ids: Sequence[str], unique: Sequence[str]) -> NDArray[np.int32]:
 
 
 def described(table: ScoreTable, recipe: Recipe) -> ScoreTable:
-    """Log how sharp a target the training's softmax makes of the table, where the loss takes one; return the table."""
-    if recipe.training.loss == "SparseDistillKLDivLoss" and table.kind == "score_list":
+    """Log what the training's loss makes of the table where widths do not tell; return the table.
+
+    How sharp a target KL's softmax makes of score lists, the range that similarities were moved from, how sparse the vectors are.
+    """
+    if "SparseDistillKLDivLoss" in recipe.training.losses and table.kind == "score_list":
         entropy, support = softmax_entropy(table.labels(), recipe.training.temperature)
         logger.info(
             "softmax at temperature %g: entropy %.3f nats, effective support %.2f of %d passages",
@@ -169,6 +206,14 @@ def described(table: ScoreTable, recipe: Recipe) -> ScoreTable:
             support,
             table.num_passages,
         )
+    if table.kind == "similarity":
+        low, high = table.contract.label_range or (0.0, 0.0)
+        mean = table.summary["similarity"]["mean"]
+        logger.info("similarity: gold_sim %.4f at 0, %.4f at 1, mean similarity %.3f", low, high, mean)
+    if table.kind == "embedding":
+        active = table.summary["active_dims"]
+        dimension = table.contract.dimension
+        logger.info("vectors: %d dims, active %.1f query, %.1f passage", dimension, active["query"], active["passage"])
     return table
 
 
@@ -185,7 +230,7 @@ def student(experiment: Experiment) -> Artifact:
         if plan.hit("tables", plan.table_fields) is None:
             from sparsekd.training.fit import check_student
 
-            check_student(experiment.recipe)  # a student that cannot be is refused before a teacher is paid
+            _check_vocabulary(experiment, check_student(experiment.recipe))  # refused before a teacher is paid
         table = score_table(experiment)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f".{folder.name}.lock")):
@@ -196,18 +241,45 @@ def student(experiment: Experiment) -> Artifact:
     return hit
 
 
+def _check_vocabulary(experiment: Experiment, model: SparseEncoder) -> None:
+    """Raise ValueError if vectors are to label whose dims mean other terms than the student's."""
+    if experiment.recipe.labels.kind != "embedding":
+        return
+    from sparsekd.teachers.sparse import teacher_vocabulary
+    from sparsekd.training.rows import check_vocabulary
+
+    teacher = experiment.teacher(vector_teacher(experiment.recipe))
+    vocabulary = teacher_vocabulary(teacher)
+    if vocabulary is not None:
+        check_vocabulary(vocabulary_digest(vocabulary), model, f"teacher {teacher.name!r}")
+
+
 def _trained(experiment: Experiment, table: ScoreTable, folder: Path, work_folder: Path) -> Artifact:
     from sparsekd.training.card import write_card
     from sparsekd.training.fit import train
 
     fields = experiment.plan.student_fields
-    trained = train(experiment.recipe, table, experiment.collection, work_folder=work_folder, key=key_of(fields))
-    extra: dict[str, Any] = {
-        **experiment.provenance(),
-        "counts": {"rows": len(table), "steps": trained.num_steps, "resumed_from_step": trained.resumed_from_step},
-    }
+    trained = train(
+        experiment.recipe,
+        table,
+        experiment.collection,
+        work_folder=work_folder,
+        key=key_of(fields),
+        first_stage=partial(_bm25_passages, experiment),
+    )
+    steps = {"steps": trained.num_steps, "resumed_from_step": trained.resumed_from_step}
+    extra: dict[str, Any] = {**experiment.provenance(), "counts": {"rows": len(table), **steps, **trained.counts}}
     with publish(folder, kind="student", fields=fields, extra=extra) as temporary:
         trained.model.save_pretrained(str(temporary), create_model_card=False)
         write_card(temporary / "README.md", experiment.recipe, table, extra, trained)
         write_json_atomically(temporary / "training.json", trained.log_history)
     return Artifact(folder, read_manifest(folder))
+
+
+def _bm25_passages(experiment: Experiment, queries: Sequence[str], depth: int) -> list[list[str]]:
+    """Return BM25's best ``depth`` passage_ids for each query, with the evaluation's settings."""
+    from sparsekd.mining.bm25 import BM25Index
+
+    settings = experiment.recipe.evaluation
+    passage_ids, _ = BM25Index(experiment.collection.passages, settings.k1, settings.b).search(queries, depth)
+    return passage_ids

@@ -17,7 +17,7 @@ from sparsekd.collection.beir import collection_digest
 from sparsekd.labels.building import table_fields
 from sparsekd.mining.candidates import COLLECTION_FILES, candidates_fields
 from sparsekd.recipe import DenseMiner, Recipe
-from sparsekd.students.identity import student_fields, training_fields
+from sparsekd.students.identity import needs_passages, student_fields, training_fields
 from sparsekd.teachers.identity import encoder_identity, teacher_identity
 
 EVALUATION_VERSION = 1
@@ -60,16 +60,20 @@ class Plan:
 
     @cached_property
     def untrained_fields(self) -> dict[str, Any]:
-        """What decides the untrained student: its weights, its architecture, and the passages its bias is calibrated on."""
+        """What decides the untrained student: its weights, its architecture, and the passages that parts of it start from."""
         fields = student_fields(self.recipe.student)
-        if self.recipe.student.initial_active_dims is not None:
-            fields["calibrated_on"] = self._passages_fields
+        if needs_passages(self.recipe.student):
+            fields["passages"] = self._passages_fields
         return fields
 
     @cached_property
     def student_fields(self) -> dict[str, Any]:
         """What decides the trained student."""
-        return training_fields(self.recipe, key_of(self.table_fields), self.untrained_fields)
+        fields = training_fields(self.recipe, key_of(self.table_fields), self.untrained_fields)
+        if self.recipe.training.dev_steps is not None:
+            judged = collection_digest(self.collection_folder, ["queries.jsonl", "qrels/dev.tsv"])
+            fields["dev"] = {**judged, **self._passages_fields}
+        return fields
 
     @cached_property
     def _passages_fields(self) -> dict[str, Any]:

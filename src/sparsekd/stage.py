@@ -1,7 +1,8 @@
 """The frame around every stage script: arguments, logging, errors, exit codes.
 
 A stage takes one recipe, logs to stderr, and prints the folder it made or found as the last line of stdout. Exit 0 done or hit,
-1 failed, 2 bad input.
+1 failed, 2 bad input, 128 + the signal's number where a signal ended the training after a whole step. Of several processes that a
+launcher started, the first speaks; the others say warnings and errors only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from pathlib import Path
 
 from sparsekd.artifact import IntegrityError
 from sparsekd.plan import Plan
+from sparsekd.provenance import command
 from sparsekd.recipe import load_recipe
+from sparsekd.training.stopping import StoppedError
 
 logger = logging.getLogger("sparsekd")
 
@@ -46,14 +49,30 @@ def run_stage(description: str, stage: Callable[[Plan], Path], kinds: Sequence[s
             return 1
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except StoppedError as stopped:
+        if _is_first():
+            sys.stderr.write(f"{stopped}\ngo on with: {_launched()}\n")
+        return 128 + stopped.number
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; what was committed stays, the same command goes on from there\n")
         return 130
     except Exception:
         traceback.print_exc()
         return 1
-    sys.stdout.write(f"{folder}\n")
+    if _is_first():
+        sys.stdout.write(f"{folder}\n")
     return 0
+
+
+def _is_first() -> bool:
+    """Whether this process is the only one or the first of those a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _launched() -> str:
+    """Return the command line, with the launcher that started several processes of it on this machine."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return command() if processes == "1" else f"torchrun --nproc-per-node {processes} {command().removeprefix('python ')}"
 
 
 def _is_ours(error: Exception) -> bool:
@@ -72,7 +91,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 def _prepare(log_level: str, threads: int | None) -> None:
     """Send logs to stderr and set what libraries read from the environment before they are imported."""
-    logging.basicConfig(level=log_level, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    level = log_level if _is_first() else "WARNING"
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     for name in ("httpx", "sentence_transformers", "transformers", "datasets", "faiss", "filelock", "bm25s"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

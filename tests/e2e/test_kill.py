@@ -106,3 +106,25 @@ def test_a_run_killed_while_it_publishes_ends_with_the_same_weights(
     if was_killed:
         assert finished.manifest["counts"]["resumed_from_step"] == 30
     assert content_of(finished.folder, "model.safetensors") == content_of(uninterrupted.folder, "model.safetensors")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_training_saves_the_step_and_says_how_to_go_on(
+    make_workplace: Callable[..., Any], uninterrupted: Any, content_of: Content, number: signal.Signals, code: int
+) -> None:
+    workplace = make_workplace()
+    process = workplace.start("train_student", DROPOUT)
+    while process.poll() is None and newest_step(workplace.cache) < 6:
+        time.sleep(POLL_SECONDS)
+
+    process.send_signal(number)
+    stdout, log = process.communicate(timeout=120)
+
+    assert (process.returncode, stdout) == (code, "")
+    first, second = log.splitlines()[-2:]
+    assert first.startswith(f"stopped by {number.name} after step ")
+    assert second == "go on with: python pipeline/train_student.py recipe.toml --set student.dropout=0.1"
+    assert "Traceback" not in log
+    finished = workplace.run("train_student", DROPOUT)
+    assert finished.manifest["counts"]["resumed_from_step"] == int(first.split()[5])
+    assert content_of(finished.folder, "model.safetensors") == content_of(uninterrupted.folder, "model.safetensors")

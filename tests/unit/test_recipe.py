@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sparsekd.recipe import BM25Miner, DenseMiner, Recipe, _explain, _is_echo, load_recipe
+from sparsekd.recipe import BM25Miner, DenseMiner, Recipe, load_recipe
+from sparsekd.recipe.loading import _explain, _is_echo
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "pipeline" / "recipes" / "quickstart.toml"
@@ -210,7 +211,12 @@ def test_a_missing_key_is_named(refusal: Refusal, text: str, message: str) -> No
         ("labels.weights={t = inf}", "[labels.weights] t = inf: input should be a finite number"),
         ("labels.weights={t = -1}", "[labels.weights] t = -1: input should be greater than or equal to 0"),
         ("labels.weights=1", "[labels] weights = 1: expected a table"),
-        ("training.loss=KL", "[training] loss = 'KL': input should be 'SparseDistillKLDivLoss' or 'SparseMarginMSELoss'"),
+        ("training.loss=SparseMarginMSE", "[training] loss = 'SparseMarginMSE' is not known; did you mean SparseMarginMSELoss?"),
+        ("student.regularizer=FLOPs", "[student] regularizer = 'FLOPs' is not known; did you mean FLOPS?"),
+        (
+            "student.regularizer=none",
+            "[student] regularizer = 'none' is not known; expected one of: FLOPS, L1, DF-FLOPS, IDF-FLOPS, or module:Class",
+        ),
         ("collection.path=", "[collection] path = '': string should have at least 1 character"),
         ("teachers.t.name=a/b", "[teachers.0] name = 'a/b': string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$'"),
         ("run.device=1979-05-27", "[run] device = datetime.date(1979, 5, 27): input should be a valid string"),
@@ -279,8 +285,9 @@ def test_an_error_inside_a_list_is_reported_once(refusal: Refusal) -> None:
         (
             WHOLE,
             ["labels.kind=margin"],
-            '[training] loss = "SparseDistillKLDivLoss" needs [labels] kind = "score_list": '
-            'a softmax over margins leaves the positive out; or choose loss = "SparseMarginMSELoss"',
+            '[training] loss = "SparseDistillKLDivLoss" needs [labels] kind = "score_list", not "margin": it compares '
+            "distributions over a row's passages, and a softmax over margins leaves the positive out; "
+            'or choose loss = "SparseMarginMSELoss"',
         ),
     ],
 )
@@ -330,9 +337,7 @@ def test_an_unknown_key_of_set_is_refused_like_one_of_the_file(refusal: Refusal)
 def _toml_values() -> st.SearchStrategy[Any]:
     scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("bm25")
     keys = st.sampled_from(["kind", "model", "quota", "name", "weights", "k1", "0", "x"])
-    return st.recursive(
-        scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4), max_leaves=8
-    )
+    return st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4), max_leaves=8)
 
 
 @settings(deadline=None)  # the machine may be busy

@@ -1,7 +1,8 @@
 """What is known: raw teacher scores per (query, passage) and vectors per text, keyed by content, paid for once.
 
-``<cache>/bank/scores/<key>/`` holds one teacher, ``<cache>/bank/embeddings/<key>/`` one encoder; ``sparsekd bank`` looks after
-both. Any number of processes on one host may read and write at once. Imports no torch.
+``<cache>/bank/scores/<key>/`` holds one teacher, ``<cache>/bank/embeddings/<key>/`` one encoder, ``<cache>/bank/sparse/<key>/`` one
+sparse encoder's queries or passages; ``sparsekd bank`` looks after all. Any number of processes on one host may read and write
+at once. Imports no torch.
 """
 
 from sparsekd.bank.embeddings import EmbeddingBank, Embeddings

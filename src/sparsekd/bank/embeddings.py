@@ -16,6 +16,7 @@ import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 
 from sparsekd.bank.search import Positions, find_keys
 from sparsekd.bank.segment import to_arrow, to_numpy
+from sparsekd.bank.sparse import SparseBank
 from sparsekd.bank.store import Layout, SegmentStore
 from sparsekd.bank.text_key import Words, check_keys
 
@@ -33,6 +34,11 @@ class EmbeddingBank:
         """Use ``root`` = ``<cache>/bank``; nothing is created before the first append."""
         self._root = root
         self._max_segment_bytes = max_segment_bytes
+
+    @property
+    def sparse(self) -> SparseBank:
+        """The bank of sparse vectors beside this one."""
+        return SparseBank(self._root, max_segment_bytes=self._max_segment_bytes)
 
     def open(self, identity: Mapping[str, Any], *, reference: str = "") -> Embeddings:
         """Return the vectors of the encoder with this identity; IntegrityError if its folder is damaged.

@@ -30,7 +30,7 @@ class Owner:
     """Whose segments they are."""
 
     kind: str
-    """``scores`` or ``embeddings``."""
+    """``scores``, ``embeddings`` or ``sparse``."""
     key: str
     """``key_of(identity)``."""
     identity: Mapping[str, Any]

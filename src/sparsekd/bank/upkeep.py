@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 
 from sparsekd.artifact import MANIFEST, IntegrityError, fsync_path, is_abandoned, key_of
-from sparsekd.bank import embeddings, scores
+from sparsekd.bank import embeddings, scores, sparse
 from sparsekd.bank.manifest import (
     IDENTITY,
     LOCK,
@@ -29,7 +29,7 @@ from sparsekd.bank.manifest import (
 from sparsekd.bank.segment import SUFFIX, SegmentEntry, open_segment, owner_of
 
 DAMAGED = "damaged"
-_NUM_ROWS = {scores.KIND: scores.num_pairs_of, embeddings.KIND: embeddings.num_texts_of}
+_NUM_ROWS = {scores.KIND: scores.num_pairs_of, embeddings.KIND: embeddings.num_texts_of, sparse.KIND: sparse.num_texts_of}
 _UNLISTED_SECONDS = 3600  # a segment is renamed and listed under one lock, so minutes would do
 
 

@@ -14,7 +14,7 @@ from sparsekd.artifact import Artifact, key_of, publish, read_manifest, verify, 
 from sparsekd.device import prepare_device
 from sparsekd.evaluation.measures import DEPTH, measure
 from sparsekd.evaluation.runs import Ranking, Rankings, write_trec_run
-from sparsekd.evaluation.systems import bm25_rankings, dense_rankings, judgements, rerank_rankings
+from sparsekd.evaluation.systems import bm25_rankings, dense_rankings, judgements, rerank_rankings, sparse_teacher_rankings
 from sparsekd.experiment import Experiment, student
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def _rank(experiment: Experiment, name: str, trained: Artifact) -> tuple[Ranking
         teacher = next(teacher for teacher in recipe.teachers if f"teacher:{teacher.name}" == name)
         if teacher.kind == "dense":
             return dense_rankings(teacher, recipe, collection, split, experiment.embedding_bank), {}
+        if teacher.kind == "sparse":
+            return sparse_teacher_rankings(teacher, recipe, collection, split, experiment.embedding_bank)
         bm25 = bm25_rankings(recipe, collection, split)
         return rerank_rankings(teacher, recipe, collection, bm25, experiment.score_bank), {}
     return _rank_student(experiment, _load_student(experiment, name, trained))
@@ -91,14 +93,18 @@ def _load_student(experiment: Experiment, name: str, trained: Artifact) -> Spars
 
 
 def _rank_student(experiment: Experiment, model: SparseEncoder) -> tuple[Rankings, dict[str, float]]:
-    from sparsekd.evaluation.student import encode_csr, sparse_rankings, sparsity
+    from sparsekd.evaluation.student import encode_csr, of_unit_length, sparse_rankings, sparsity
 
     collection, run = experiment.collection, experiment.recipe.run
     qrels = judgements(experiment.recipe, collection, experiment.recipe.evaluation.split)
     query_ids, passage_ids = list(qrels), list(collection.passages)
     model.eval()
     queries = [collection.queries[query_id] for query_id in query_ids]
-    query_csr = encode_csr(model, queries, role="query", batch_tokens=run.batch_tokens, fused=run.fused_head)
+    how: dict[str, Any] = {"batch_tokens": run.batch_tokens, "fused": run.fused_head, "packed": run.packed}
+    query_csr = encode_csr(model, queries, role="query", **how)
     passages = list(collection.passages.values())
-    passage_csr = encode_csr(model, passages, role="passage", batch_tokens=run.batch_tokens, fused=run.fused_head)
-    return sparse_rankings(query_csr, passage_csr, query_ids, passage_ids), sparsity(query_csr, passage_csr)
+    passage_csr = encode_csr(model, passages, role="passage", **how)
+    figures = sparsity(query_csr, passage_csr)
+    if model.similarity_fn_name == "cosine":  # as the losses over pairs leave it
+        query_csr, passage_csr = of_unit_length(query_csr), of_unit_length(passage_csr)
+    return sparse_rankings(query_csr, passage_csr, query_ids, passage_ids), figures

@@ -7,7 +7,6 @@ Q queries, P passages, V vocabulary, K search depth.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from sparsekd.evaluation.measures import DEPTH
 from sparsekd.evaluation.runs import Ranking
 from sparsekd.mining.ranking import Positions, Scores, best_first, id_ranks
-from sparsekd.teachers.batching import BLOCK, length_batches
+from sparsekd.teachers.batching import BLOCK, forward_tokens, length_batches
 from sparsekd.teachers.progress import progress
 
 if TYPE_CHECKING:
@@ -36,24 +35,20 @@ _BLOCK_SCORES = 1 << 24  # scores of a block of queries over all passages: at mo
 
 
 def encode_csr(
-    model: SparseEncoder, texts: Sequence[str], *, role: Role, batch_tokens: int, fused: bool
+    model: SparseEncoder, texts: Sequence[str], *, role: Role, batch_tokens: int, fused: bool, packed: bool = True
 ) -> scipy.sparse.csr_matrix:
     """Return float32 [n, V] in input order: what encode_query or encode_document gives, up to float rounding.
 
-    ``fused`` computes the head block by block; without it a batch's logits take 4 · batch_tokens · V bytes. Raises ValueError
-    if a weight is not finite, naming how many vectors and the first text.
+    ``fused`` computes the head block by block; without it a batch's logits take 4 · batch_tokens · V bytes. ``packed`` runs texts
+    without padding where the model can. Raises ValueError if a weight is not finite, naming how many vectors and the first text.
     """
     import torch
 
-    from sparsekd.students.splade import fused_head
+    from sparsekd.packed_body import evaluating
+    from sparsekd.students.fast import fast_student
 
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), fused_head(model) if fused else contextlib.nullcontext():
-            blocks = list(_encoded_blocks(model, texts, role, batch_tokens))
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.inference_mode(), fast_student(model, packed=packed, fused=fused):
+        blocks = list(_encoded_blocks(model, texts, role, forward_tokens(batch_tokens, model.device.type)))
     vectors = scipy.sparse.vstack(blocks, format="csr")
     bad = np.flatnonzero(~np.isfinite(vectors.data))
     if bad.size:
@@ -95,6 +90,12 @@ def sparse_rankings(
     return rankings
 
 
+def of_unit_length(vectors: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
+    """Return the vectors divided by their length, so that their dot product is the cosine; an empty one stays empty."""
+    lengths = np.sqrt(np.asarray(vectors.multiply(vectors).sum(axis=1)).ravel())
+    return scipy.sparse.diags_array(1 / np.where(lengths > 0, lengths, 1)).dot(vectors).astype(np.float32).tocsr()
+
+
 def sparsity(query_csr: scipy.sparse.csr_matrix, passage_csr: scipy.sparse.csr_matrix) -> dict[str, float]:
     """Return mean active dims of queries and passages, and FLOPS.
 
@@ -115,50 +116,80 @@ def sparsity(query_csr: scipy.sparse.csr_matrix, passage_csr: scipy.sparse.csr_m
     }
 
 
-def _best(
-    positions: Positions, scores: Scores, id_rank: Positions, passage_ids: Sequence[str], depth: int
-) -> Ranking:
+def _best(positions: Positions, scores: Scores, id_rank: Positions, passage_ids: Sequence[str], depth: int) -> Ranking:
     is_match = scores > 0
     best, best_scores = best_first(positions[is_match], scores[is_match], id_rank, depth)
     return Ranking([passage_ids[position] for position in best.tolist()], best_scores)
 
 
-def _encoded_blocks(
-    model: SparseEncoder, texts: Sequence[str], role: Role, batch_tokens: int
-) -> Iterator[scipy.sparse.csr_matrix]:
+def _encoded_blocks(model: SparseEncoder, texts: Sequence[str], role: Role, batch_tokens: int) -> Iterator[scipy.sparse.csr_matrix]:
     """Yield the vectors of BLOCK texts after BLOCK texts, each block in input order."""
-    prompt = model.prompts.get(_PROMPT_BY_ROLE[role]) or ""
     yield scipy.sparse.csr_matrix((0, model.get_embedding_dimension()), dtype=np.float32)  # so that no texts have a width too
-    limit, num_cut = model.max_seq_length or np.iinfo(np.int64).max, 0
+    prompt, num_cut = model.prompts.get(_PROMPT_BY_ROLE[role]) or "", 0
     with progress(f"encode {role} texts", total=len(texts), unit="texts") as bar:
         for start in range(0, len(texts), BLOCK):
             block = list(texts[start : start + BLOCK])
+            features = model.preprocess(block, prompt=prompt or None, task=_PROMPT_BY_ROLE[role])
+            lengths = _num_tokens(features)
+            num_cut += _num_cut(model, role, [prompt + text for text in block], lengths)
             order, parts = [], []
-            lengths = _token_lengths(model, [prompt + text for text in block])
-            num_cut += int((lengths > limit).sum())
-            for batch in length_batches(np.minimum(lengths, limit), batch_tokens):
+            for batch in length_batches(lengths, batch_tokens):
                 for first in range(0, len(batch), _BLOCK_ROWS):
                     rows = batch[first : first + _BLOCK_ROWS]
                     order.append(rows)
-                    parts.append(_to_csr(_forward(model, [block[row] for row in rows], prompt)))
+                    parts.append(_to_csr(_forward(model, _select(features, rows, lengths), role)))
             yield scipy.sparse.vstack(parts, format="csr")[np.argsort(np.concatenate(order))]
             bar.update(len(block))
-    logger.info("student: %s texts %d, %d of them over %d tokens and cut there", role, len(texts), num_cut, limit)
+    logger.info("student: %s texts %d, %d of them over the limit of tokens and cut there", role, len(texts), num_cut)
 
 
-def _token_lengths(model: SparseEncoder, texts: list[str]) -> NDArray[np.int64]:
-    """Tokens of each text, special ones included, before the model cuts it."""
-    tokenizer: Any = model.tokenizer
-    tokens = tokenizer(texts, truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return np.array([len(ids) for ids in tokens], dtype=np.int64)
+def _num_tokens(features: dict[str, Any]) -> NDArray[np.int64]:
+    """Tokens of each text as the model will see them."""
+    lengths = features["cu_seq_lens_q"].diff() if "cu_seq_lens_q" in features else features["attention_mask"].sum(dim=1)
+    return np.asarray(lengths.numpy(), dtype=np.int64)
 
 
-def _forward(model: SparseEncoder, texts: list[str], prompt: str) -> torch.Tensor:
+def _num_cut(model: SparseEncoder, role: Role, texts: list[str], lengths: NDArray[np.int64]) -> int:
+    """Count texts longer than the route's limit; only those that reach it are tokenised again."""
+    from sentence_transformers.base.modules import Router, Transformer
+
+    module: Any = model[0]
+    if isinstance(module, Router):
+        routes: Any = module.sub_modules
+        module = routes[module._resolve_route(task=_PROMPT_BY_ROLE[role])][0]
+    full = np.flatnonzero(lengths >= (module.max_seq_length or np.iinfo(np.int64).max)).tolist()
+    if not full:
+        return 0
+    tokens = module.tokenizer(
+        [texts[text] for text in full],
+        truncation=False,
+        add_special_tokens=isinstance(module, Transformer),  # a static embedding weighs the words alone
+        return_attention_mask=False,
+        verbose=False,
+    )["input_ids"]
+    return sum(len(ids) > lengths[text] for text, ids in zip(full, tokens, strict=True))
+
+
+def _select(features: dict[str, Any], rows: NDArray[np.int64], lengths: NDArray[np.int64]) -> dict[str, Any]:
+    """Features of these texts alone, with no more padding than they need."""
+    import torch
+
+    from sparsekd.packed_body import select_texts
+
+    if "cu_seq_lens_q" in features:
+        return select_texts(features, rows.tolist())
+    longest = int(lengths[rows].max())
+    return {
+        name: value[rows, :longest] if isinstance(value, torch.Tensor) and value.ndim == 2 else value
+        for name, value in features.items()
+    }
+
+
+def _forward(model: SparseEncoder, features: dict[str, Any], role: Role) -> torch.Tensor:
     """Dense vectors [n, V] on the model's device, pruned where the model says so."""
     from sentence_transformers.util import batch_to_device, select_max_active_dims
 
-    features = batch_to_device(model.preprocess(texts, prompt=prompt or None), model.device)
-    vectors: torch.Tensor = model(features)["sentence_embedding"]
+    vectors: torch.Tensor = model(batch_to_device(features, model.device), task=_PROMPT_BY_ROLE[role])["sentence_embedding"]
     if model.max_active_dims is not None:
         vectors = select_max_active_dims(vectors, max_active_dims=model.max_active_dims)
     return vectors

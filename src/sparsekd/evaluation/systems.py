@@ -1,6 +1,6 @@
 """What the student is compared with: BM25, and each teacher in the role it can play.
 
-A dense teacher searches all passages; a cross-encoder reranks BM25's best. Vectors and scores go through the bank, so a
+A dense or sparse teacher searches all passages; a cross-encoder reranks BM25's best. Vectors and scores go through the bank, so a
 second evaluation loads no teacher. A reranking is ``evaluation.rerank_depth`` deep, every other at least DEPTH.
 """
 
@@ -13,6 +13,7 @@ from sparsekd.bank.scores import ScoreBank
 from sparsekd.collection.beir import Collection, Qrels
 from sparsekd.evaluation.measures import DEPTH
 from sparsekd.evaluation.runs import Ranking, Rankings, ranked
+from sparsekd.evaluation.student import sparse_rankings, sparsity
 from sparsekd.labels.banked import BankedScores
 from sparsekd.mining.bm25 import BM25Index
 from sparsekd.mining.dense import dense_search
@@ -23,6 +24,7 @@ from sparsekd.teachers.dense import DenseEncoder
 from sparsekd.teachers.embedding import banked_vectors
 from sparsekd.teachers.protocols import Encoder, Scorer
 from sparsekd.teachers.scoring import PairTexts, bank_scorer
+from sparsekd.teachers.sparse import SparseTeacher, banked_sparse_vectors
 
 
 def judgements(recipe: Recipe, collection: Collection, split: str) -> Qrels:
@@ -77,6 +79,21 @@ def encoder_rankings(
         device=recipe.run.device,
     )
     return _by_query(query_ids, ids, scores)
+
+
+def sparse_teacher_rankings(
+    teacher: Teacher, recipe: Recipe, collection: Collection, split: str, embeddings: EmbeddingBank
+) -> tuple[dict[str, Ranking], dict[str, float]]:
+    """Return a sparse teacher's exact ranking of all passages for every judged query, DEPTH deep, and how sparse it is.
+
+    Only passages that share an active dim with a query are ranked, as for the student.
+    """
+    query_ids = list(judgements(recipe, collection, split))  # before the weights are digested
+    encoder, bank, shard_texts = SparseTeacher(teacher, recipe.run), embeddings.sparse, recipe.run.shard_pairs
+    queries = [collection.queries[query_id] for query_id in query_ids]
+    query_csr = banked_sparse_vectors(encoder, bank, queries, "query", shard_texts)
+    passage_csr = banked_sparse_vectors(encoder, bank, list(collection.passages.values()), "passage", shard_texts)
+    return sparse_rankings(query_csr, passage_csr, query_ids, list(collection.passages)), sparsity(query_csr, passage_csr)
 
 
 def rerank_rankings(

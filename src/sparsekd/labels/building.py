@@ -1,36 +1,62 @@
-"""Builds the score table: looks scores up, calibrates each teacher, combines them, and publishes rows with labels.
+"""Builds the score table: looks scores or vectors up, calibrates and combines scores, and publishes rows with labels.
 
-Costs seconds and no teacher call. Memory: one float32 matrix [R, N] per teacher.
+Costs seconds and no teacher call where everything is banked. Memory: one float32 matrix [R, N] per teacher.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from sparsekd.artifact import key_of, publish
-from sparsekd.labels.calibration import calibrate, constant_rows, effective_calibration, weighted_mean
-from sparsekd.labels.rows import GoldSim, Rows, filtering_teacher, require_scores
-from sparsekd.labels.score_table import KIND, TABLE_VERSION, ScoreTable, table_schema
+from sparsekd.labels.calibration import effective_calibration
+from sparsekd.labels.combining import Scores, combined_scores, score_range, summarize
+from sparsekd.labels.contract import KIND, TABLE_VERSION, Contract, Kind, table_schema
+from sparsekd.labels.conversions import margins, triplet_ids, triplet_scores
+from sparsekd.labels.rows import GoldSim, Rows, filtering_teacher
+from sparsekd.labels.score_table import ScoreTable
+from sparsekd.labels.vectors import (
+    VectorSource,
+    label_texts,
+    vector_summary,
+    vector_tables,
+    vector_teacher,
+    vocabulary_digest,
+)
 from sparsekd.mining.shards import ROWS_PER_SHARD, write_shards
-from sparsekd.recipe import Calibration, Recipe
+from sparsekd.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-Scores = NDArray[np.float32]
-
 
 def teacher_weights(recipe: Recipe) -> dict[str, float]:
-    """Return each asked teacher's share of the mean, in recipe order; teachers of weight 0 are not asked and not listed."""
+    """Return each labelling teacher's share of the mean, in recipe order; teachers of weight 0 are not asked and not listed.
+
+    Empty for kind none, which no teacher labels; the one sparse teacher for embedding.
+    """
+    if recipe.labels.kind == "none":
+        return {}
+    if recipe.labels.kind == "embedding":
+        return {vector_teacher(recipe): 1.0}
     given = recipe.labels.weights or {teacher.name: 1.0 for teacher in recipe.teachers}
     total = sum(given.values())
     return {teacher.name: given[teacher.name] / total for teacher in recipe.teachers if given.get(teacher.name, 0) > 0}
+
+
+def scored_teachers(recipe: Recipe) -> list[str]:
+    """Return the names of the teachers whose scores of every candidate the table asks for, in recipe order.
+
+    All of them where scores label, also those of weight 0, so that a change of weights calls none; else a filtering one only.
+    """
+    if recipe.labels.kind in ("none", "embedding"):
+        return [name for name in [filtering_teacher(recipe)] if name is not None]
+    return [teacher.name for teacher in recipe.teachers]
 
 
 def table_folder(cache: Path, fields: Mapping[str, Any]) -> Path:
@@ -41,8 +67,8 @@ def table_folder(cache: Path, fields: Mapping[str, Any]) -> Path:
 def table_fields(recipe: Recipe, candidates_key: str, teacher_identities: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return everything that can change the table, for ``artifact.key_of``.
 
-    ``teacher_identities`` by name; those of weight 0 that filter nothing do not enter, nor do names, settings that do not act
-    (a seed under ``top``), or anything of training.
+    ``teacher_identities`` by name; those of teachers that neither label nor filter do not enter, nor do names, settings that do
+    not act (a seed under ``top``, a calibration where no score labels, triplets of one negative), or anything of training.
     """
     labels, filtering = recipe.labels, filtering_teacher(recipe)
     return {
@@ -52,13 +78,14 @@ def table_fields(recipe: Recipe, candidates_key: str, teacher_identities: Mappin
         "kind": labels.kind,
         "num_negatives": labels.num_negatives,
         "selection": {"kind": labels.selection} | ({"seed": labels.seed} if labels.selection == "random" else {}),
-        "calibration": effective_calibration(labels.calibration),
+        "calibration": None if labels.kind in ("none", "embedding") else effective_calibration(labels.calibration),
         "teachers": [
             {"identity": dict(teacher_identities[name]), "weight": weight} for name, weight in teacher_weights(recipe).items()
         ],
         "filter": None
         if filtering is None
         else {**recipe.mining.filter.model_dump(exclude={"by"}), "identity": dict(teacher_identities[filtering])},
+        **({"layout": "triplets"} if _becomes_triplets(recipe) else {}),
     }
 
 
@@ -68,116 +95,162 @@ def build_table(
     *,
     cache: Path,
     fields: Mapping[str, Any],
-    gold_sim: GoldSim,
+    gold_sim: GoldSim | None = None,
+    vectors: VectorSource | None = None,
     counts: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> ScoreTable:
     """Label ``rows`` and publish them under the key of ``fields`` (``table_fields``).
 
-    ``counts`` (pairs, pairs_scored, pairs_reused, the mining counts) and ``extra`` (command, versions) are recorded.
+    ``gold_sim`` is asked where scores label, ``vectors`` where vectors do, neither for kind none. ``counts`` (pairs,
+    pairs_scored, pairs_reused, the mining counts) and ``extra`` (command, versions) are recorded.
     Raises ValueError if the bank lacks a score, a calibration is undefined, or no row is left.
     """
-    weights = teacher_weights(recipe)
-    raw = {name: _look_up(rows, name, gold_sim) for name in weights}
-    kept_R, dropped = _usable_rows(raw, recipe.labels.calibration, rows.dropped)
-    raw = {name: scores[kept_R] for name, scores in raw.items()}
-    gold_sim_RN = _combined(raw, weights, recipe.labels.calibration)
-    summary = {**summarize(gold_sim_RN, recipe), "raw_gold_sim": {name: _range(scores) for name, scores in raw.items()}}
+    if recipe.labels.kind == "embedding":
+        made = _texts(rows, fields, vectors)
+    elif recipe.labels.kind == "none":
+        made = _bare_rows(recipe, rows)
+    else:
+        made = _scored_rows(recipe, rows, fields, gold_sim)
     published: dict[str, Any] = {
         **(extra or {}),
         "counts": {
             **(counts or {}),
-            "rows": len(gold_sim_RN),
-            "rows_dropped": dropped,
+            "rows": made.num_rows,
+            "rows_dropped": made.dropped,
             "candidates_dropped_filter": rows.candidates_dropped_filter,
         },
-        "summary": summary,
-        "teachers": weights,
+        "summary": made.summary,
+        "teachers": teacher_weights(recipe),
     }
     folder = table_folder(cache, fields)
     with publish(folder, kind=KIND, fields=fields, extra=published) as temporary:
-        tables = _tables(rows, np.flatnonzero(kept_R), gold_sim_RN, recipe, _schema(fields, recipe))
-        published["shards"] = write_shards(temporary, KIND, tables, -(-len(gold_sim_RN) // ROWS_PER_SHARD))
-    log.info("table %s: %d rows of %d passages, dropped %s, %s", folder.name, *gold_sim_RN.shape, dropped, summary)
+        published["shards"] = write_shards(temporary, KIND, made.tables, -(-made.num_rows // ROWS_PER_SHARD))
+    kind = recipe.labels.kind
+    log.info("table %s: %d rows of kind %s, dropped %s, %s", folder.name, made.num_rows, kind, made.dropped, made.summary)
     return ScoreTable.open(folder)
 
 
-def summarize(gold_sim_RN: Scores, recipe: Recipe) -> dict[str, Any]:
-    """Return the lines that catch a broken teacher: label range, margin quantiles, share of rows ranked wrongly."""
-    margins_RM = gold_sim_RN[:, :1] - gold_sim_RN[:, 1:]
-    quantiles = np.quantile(margins_RM.astype(np.float64), [0.01, 0.10, 0.50, 0.90, 0.99])
-    column, labels = ("gold_sim", gold_sim_RN) if recipe.labels.kind == "score_list" else ("margin", margins_RM)
-    return {
-        column: _range(labels),
-        "margin_quantiles": dict(zip(("p1", "p10", "p50", "p90", "p99"), quantiles.tolist(), strict=True)),
-        "share_positive_below_best_negative": float((margins_RM < 0).any(axis=1).mean()),
-    }
+@dataclass(frozen=True)
+class _Made:
+    """What is to be published: Arrow tables shard by shard, and what the manifest says of them."""
+
+    num_rows: int
+    tables: Iterable[Any]
+    dropped: dict[str, int]
+    summary: dict[str, Any]
 
 
-def _range(values: Scores) -> dict[str, float]:
-    return {"min": float(values.min()), "mean": float(values.mean(dtype=np.float64)), "max": float(values.max())}
-
-
-def _look_up(rows: Rows, teacher: str, gold_sim: GoldSim) -> Scores:
-    """float32 [R, N]: one teacher's raw scores, asked for shard by shard."""
-    scores_RN = np.empty((len(rows.query_ids), len(rows.passage_ids[0])), dtype=np.float32)
-    for start in range(0, len(scores_RN), ROWS_PER_SHARD):
-        part = slice(start, start + ROWS_PER_SHARD)
-        query_ids = [query_id for query_id in rows.query_ids[part] for _ in range(scores_RN.shape[1])]
-        passage_ids = [passage_id for passages in rows.passage_ids[part] for passage_id in passages]
-        scores = np.asarray(gold_sim(teacher, query_ids, passage_ids), dtype=np.float32)
-        require_scores(scores, teacher, query_ids, passage_ids)
-        scores_RN[part] = scores.reshape(-1, scores_RN.shape[1])
-    return scores_RN
-
-
-def _usable_rows(
-    raw: Mapping[str, Scores], calibration: Calibration, dropped: Mapping[str, int]
-) -> tuple[NDArray[np.bool_], dict[str, int]]:
-    """bool [R] of the rows the calibration is defined for, and rows dropped by reason, these included."""
-    first = next(iter(raw.values()))
-    kept_R = np.ones(len(first), dtype=bool)
-    if calibration.kind == "minmax":
-        for scores in raw.values():
-            kept_R &= ~constant_rows(scores)
-    if not kept_R.any():
-        raise ValueError(f"[labels.calibration] kind = 'minmax': all {len(first)} rows have equal scores; check the teachers")
-    return kept_R, {**dropped, "constant_scores": int((~kept_R).sum())}
-
-
-def _combined(raw: Mapping[str, Scores], weights: Mapping[str, float], calibration: Calibration) -> Scores:
-    """float32 [R, N]: each teacher calibrated, then the weighted mean."""
-    calibrated = []
-    for name, scores in raw.items():
-        try:
-            calibrated.append(calibrate(scores, calibration))
-        except ValueError as error:
-            raise ValueError(f"[labels.calibration] kind = {calibration.kind!r}, teacher {name!r}: {error}") from error
-    mean_RN = weighted_mean(calibrated, list(weights.values()))
-    if np.abs(mean_RN).max() > np.finfo(np.float32).max / 2:  # half: the difference of two must fit as well
-        raise ValueError("[labels] combined gold_sim leave the range of float32; lower the calibration's scale or std")
-    return mean_RN.astype(np.float32)
-
-
-def _schema(fields: Mapping[str, Any], recipe: Recipe) -> Any:
-    return table_schema(
-        recipe.labels.kind,
-        recipe.labels.num_negatives + 1,
-        teachers=[{"identity": key_of(teacher["identity"]), "weight": teacher["weight"]} for teacher in fields["teachers"]],
+def _scored_rows(recipe: Recipe, rows: Rows, fields: Mapping[str, Any], gold_sim: GoldSim | None) -> _Made:
+    """Rows of kind score_list, margin or similarity."""
+    if gold_sim is None:
+        raise ValueError(f"[labels] kind = {recipe.labels.kind!r} needs teacher scores; none were given")
+    labels = recipe.labels
+    scores, is_kept_R, raw = combined_scores(rows, teacher_weights(recipe), labels.calibration, gold_sim)
+    kept = np.flatnonzero(is_kept_R).tolist()
+    query_ids, passage_ids = [rows.query_ids[row] for row in kept], [rows.passage_ids[row] for row in kept]
+    dropped = {**rows.dropped, "constant_scores": len(rows.query_ids) - len(kept)}
+    summary = {**summarize(scores, labels.kind), "raw_gold_sim": {name: score_range(part) for name, part in raw.items()}}
+    if _becomes_triplets(recipe):
+        query_ids, passage_ids = triplet_ids(query_ids, passage_ids)
+        scores = triplet_scores(scores)
+    label_range: tuple[float, float] | None = None
+    label_values = scores
+    if labels.kind == "margin":
+        label_values = margins(scores)
+    elif labels.kind == "similarity":
+        query_ids, passage_ids, scores, dropped["duplicate_pairs"] = _single_pairs(query_ids, passage_ids, scores)
+        label_values, label_range = _unit_range(scores)
+        summary |= {"similarity": score_range(label_values), "range": {"min": label_range[0], "max": label_range[1]}}
+    contract = Contract(
+        num_passages=len(passage_ids[0]),
+        teachers=_without_names(fields),
         calibration=fields["calibration"],
+        label_range=label_range,
     )
+    return _Made(len(query_ids), _tables(labels.kind, contract, query_ids, passage_ids, label_values), dropped, summary)
 
 
-def _tables(rows: Rows, kept: NDArray[Any], gold_sim_RN: Scores, recipe: Recipe, schema: Any) -> Iterator[Any]:
+def _bare_rows(recipe: Recipe, rows: Rows) -> _Made:
+    """Rows of kind none: ids alone."""
+    query_ids, passage_ids = rows.query_ids, rows.passage_ids
+    if _becomes_triplets(recipe):
+        query_ids, passage_ids = triplet_ids(query_ids, passage_ids)
+    contract = Contract(num_passages=len(passage_ids[0]))
+    summary = {
+        "queries": len(set(query_ids)),
+        "passages": len({passage_id for passages in passage_ids for passage_id in passages}),
+    }
+    return _Made(len(query_ids), _tables("none", contract, query_ids, passage_ids, None), dict(rows.dropped), summary)
+
+
+def _texts(rows: Rows, fields: Mapping[str, Any], vectors: VectorSource | None) -> _Made:
+    """Rows of kind embedding: one text each."""
+    if vectors is None:
+        raise ValueError("[labels] kind = 'embedding' needs the teacher's vectors; none were given")
+    texts = label_texts(rows, vectors)
+    contract = Contract(
+        num_passages=0,
+        teachers=_without_names(fields),
+        dimension=int(texts.vectors.shape[1]),
+        vocabulary=None if vectors.vocabulary is None else vocabulary_digest(vectors.vocabulary),
+    )
+    dropped = {**rows.dropped, "empty_vectors": texts.num_empty}
+    return _Made(len(texts.text_ids), vector_tables(texts, contract), dropped, vector_summary(texts))
+
+
+def _without_names(fields: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """What a table says of its teachers: key of the identity, and share of the mean."""
+    return tuple({"identity": key_of(teacher["identity"]), "weight": teacher["weight"]} for teacher in fields["teachers"])
+
+
+def _becomes_triplets(recipe: Recipe) -> bool:
+    """Whether the layout acts: a pair's or a text's row has no negatives to part, and a row of one negative is a triplet."""
+    labels = recipe.labels
+    return labels.layout == "triplets" and labels.kind in ("score_list", "margin", "none") and labels.num_negatives != 1
+
+
+def _single_pairs(
+    query_ids: list[str], passage_ids: list[list[str]], gold_sim_RN: Scores
+) -> tuple[list[str], list[list[str]], Scores, int]:
+    """Part rows into (query, passage) pairs, each once: positives of one query share negatives, and the first one's row counts."""
+    place_by_pair: dict[tuple[str, str], int] = {}
+    num_passages = gold_sim_RN.shape[1]
+    for row, (query_id, passages) in enumerate(zip(query_ids, passage_ids, strict=True)):
+        for column, passage_id in enumerate(passages):
+            place_by_pair.setdefault((query_id, passage_id), row * num_passages + column)
+    places = np.fromiter(place_by_pair.values(), dtype=np.int64, count=len(place_by_pair))
+    scores = gold_sim_RN.reshape(-1)[places]
+    pairs = list(place_by_pair)
+    num_repeated = gold_sim_RN.size - len(pairs)
+    return [query_id for query_id, _ in pairs], [[passage_id] for _, passage_id in pairs], scores.reshape(-1, 1), num_repeated
+
+
+def _unit_range(gold_sim_R1: Scores) -> tuple[Scores, tuple[float, float]]:
+    """Move scores to 0..1 by one min-max over the table; return them and the scores at 0 and 1. ValueError without a range."""
+    low, high = float(gold_sim_R1.min()), float(gold_sim_R1.max())
+    if not high > low:
+        raise ValueError(
+            f"[labels] kind = 'similarity': all {gold_sim_R1.size} combined gold_sim equal {low:g}, so there is no range to move "
+            "to 0..1; check the teachers"
+        )
+    moved = (gold_sim_R1.astype(np.float64) - low) / (high - low)
+    return moved.astype(np.float32), (low, high)
+
+
+def _tables(
+    kind: Kind, contract: Contract, query_ids: list[str], passage_ids: list[list[str]], labels_RW: Scores | None
+) -> Iterator[Any]:
     """Yield one Arrow table per shard."""
-    labels_RW = gold_sim_RN if recipe.labels.kind == "score_list" else gold_sim_RN[:, :1] - gold_sim_RN[:, 1:]
-    for start in range(0, len(kept), ROWS_PER_SHARD):
-        part = kept[start : start + ROWS_PER_SHARD].tolist()
-        passage_ids = [passage_id for row in part for passage_id in rows.passage_ids[row]]
-        labels = np.ascontiguousarray(labels_RW[start : start + ROWS_PER_SHARD]).reshape(-1)
+    schema = table_schema(kind, contract)
+    for start in range(0, len(query_ids), ROWS_PER_SHARD):
+        part = slice(start, start + ROWS_PER_SHARD)
+        flat_ids = [passage_id for passages in passage_ids[part] for passage_id in passages]
         columns = [
-            pa.array([rows.query_ids[row] for row in part], pa.string()),
-            pa.FixedSizeListArray.from_arrays(pa.array(passage_ids, pa.string()), gold_sim_RN.shape[1]),
-            pa.FixedSizeListArray.from_arrays(pa.array(labels, pa.float32()), labels_RW.shape[1]),
+            pa.array(query_ids[part], pa.string()),
+            pa.FixedSizeListArray.from_arrays(pa.array(flat_ids, pa.string()), contract.num_passages),
         ]
+        if labels_RW is not None:
+            flat = pa.array(np.ascontiguousarray(labels_RW[part]).reshape(-1), pa.float32())
+            columns.append(flat if kind == "similarity" else pa.FixedSizeListArray.from_arrays(flat, labels_RW.shape[1]))
         yield pa.Table.from_arrays(columns, schema=schema)

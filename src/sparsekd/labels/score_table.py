@@ -1,60 +1,42 @@
-"""The score table: the contract between the stages. Ids and labels only, in Arrow IPC stream shards.
+"""The score table: the contract between the stages. Ids and labels only, in Arrow IPC stream shards (``labels.contract``).
 
-Columns: query_id; passage_ids, N of them, positive first; ``gold_sim`` float32 [N], or for margins ``margin`` float32 [N−1],
-signed gold_sim(positive) − gold_sim(negative). The schema's metadata say which, so that a trainer need not guess from
-widths (the library's MarginMSE does, and reads a list of the wrong width as the other kind without a word);
-``datasets`` drops them on loading, so ask ``ScoreTable`` first. R rows, N passages, W labels. Opening reads every byte.
+R rows, N passages, W labels, V dims of a vector. Opening reads every byte and checks every row (``labels.verification``).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sparsekd.artifact import Artifact, IntegrityError
+from sparsekd.labels.contract import KIND, LABEL_COLUMNS, Contract, Kind, Role, read_metadata, refuse_other_scale, table_schema
+from sparsekd.labels.verification import check_rows, matrix_of
 from sparsekd.mining.shards import open_shards, read_shard
 
-TABLE_VERSION = 1
-"""Raised when the same fields would give other rows or labels."""
-KIND = "score-table"
-ORDER = "positive first"
-LABEL_COLUMNS = {"score_list": "gold_sim", "margin": "margin"}
+if TYPE_CHECKING:
+    import scipy.sparse
 
-Kind = Literal["score_list", "margin"]
-
-
-def table_schema(
-    kind: Kind, num_passages: int, *, teachers: Sequence[Mapping[str, Any]], calibration: Mapping[str, Any]
-) -> pa.Schema:
-    """Return the Arrow schema; ``teachers`` are {"identity": key, "weight": share}, without names, which change no label."""
-    return pa.schema(
-        [
-            pa.field("query_id", pa.string(), nullable=False),
-            pa.field("passage_ids", pa.list_(pa.string(), num_passages), nullable=False),
-            pa.field(LABEL_COLUMNS[kind], pa.list_(pa.float32(), label_width(kind, num_passages)), nullable=False),
-        ],
-        metadata={
-            "sparsekd.kind": kind,
-            "sparsekd.order": ORDER,
-            "sparsekd.num_passages": str(num_passages),
-            "sparsekd.teachers": json.dumps(list(teachers), sort_keys=True),
-            "sparsekd.calibration": json.dumps(dict(calibration), sort_keys=True),
-            "sparsekd.version": str(TABLE_VERSION),
-        },
-    )
-
-
-def label_width(kind: Kind, num_passages: int) -> int:
-    """Return W: N scores, or N − 1 margins."""
-    return num_passages if kind == "score_list" else num_passages - 1
+_BY_KIND: dict[Kind, tuple[str, ...]] = {
+    "score_list": ("SparseDistillKLDivLoss", "SparseMarginMSELoss"),
+    "margin": ("SparseMarginMSELoss",),
+    "none": ("SparseMultipleNegativesRankingLoss", "SparseTripletLoss"),
+    "similarity": ("SparseCoSENTLoss", "SparseAnglELoss", "SparseCosineSimilarityLoss"),
+    "embedding": ("SparseMSELoss",),
+}
+"""Main losses that learn from a kind's labels; for none, from the passages alone."""
+_WITHOUT_LABELS = _BY_KIND["none"]
+_TAKES: dict[Kind, str] = {
+    "score_list": "score lists of {n} gold_sim",
+    "margin": "{m} margins per row",
+    "none": "{n} passages per row and no label",
+    "similarity": "one similarity per (query, passage)",
+    "embedding": "one vector per text",
+}
 
 
 @dataclass(frozen=True)
@@ -65,29 +47,29 @@ class ScoreTable:
     shard_paths: list[Path]
     """In order; each loads with ``datasets.Dataset.from_file``."""
     kind: Kind
-    num_passages: int
-    teachers: list[dict[str, Any]]
-    calibration: dict[str, Any]
+    contract: Contract
 
     @classmethod
     def open(cls, folder: Path) -> ScoreTable:
         """Verify and open a published table.
 
-        Raises IntegrityError, naming the shard, if bytes, rows, metadata, columns or widths are not what was published, an id
-        is empty, a row holds a passage twice, or a label is not finite.
+        Raises IntegrityError, naming the shard, if bytes, rows, metadata, columns or widths are not what was published, if two
+        shards' labels are not of one kind and scale, an id is empty, a row holds a passage twice, or a label is not finite.
         """
         artifact, shards = open_shards(folder, KIND)
         if not shards:
             raise IntegrityError(f"{folder}: its manifest lists no shard; remove the folder and rerun")
         first = read_shard(shards[0], artifact).schema
-        kind, num_passages, teachers, calibration = _read_metadata(shards[0], first)
-        expected = table_schema(kind, num_passages, teachers=teachers, calibration=calibration)
+        kind, contract = read_metadata(shards[0], first)
+        expected = table_schema(kind, contract)
         for path in shards:
             table = read_shard(path, artifact)
+            refuse_other_scale(path, table.schema, shards[0], first)
             if not table.schema.equals(expected, check_metadata=True):
-                raise IntegrityError(f"{path}: columns or metadata are not those of a {kind} table of {num_passages} passages")
-            _check_rows(path, table, LABEL_COLUMNS[kind], num_passages)
-        return cls(artifact, shards, kind, num_passages, teachers, calibration)
+                passages = f" of {contract.num_passages} passages" if contract.num_passages else ""
+                raise IntegrityError(f"{path}: columns or metadata are not those of a {kind} table{passages}")
+            check_rows(path, table, label_column=LABEL_COLUMNS[kind], dimension=contract.dimension)
+        return cls(artifact, shards, kind, contract)
 
     @property
     def key(self) -> str:
@@ -95,8 +77,23 @@ class ScoreTable:
         return self.artifact.key
 
     @property
-    def label_column(self) -> str:
-        """Name of the label column: gold_sim or margin."""
+    def num_passages(self) -> int:
+        """N: passages per row, the positive included; 1 for similarity, 0 for embedding."""
+        return self.contract.num_passages
+
+    @property
+    def teachers(self) -> list[dict[str, Any]]:
+        """{"identity": key, "weight": share} of each teacher that labels."""
+        return [dict(teacher) for teacher in self.contract.teachers]
+
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """Settings that acted on the scores; empty where there are none."""
+        return dict(self.contract.calibration or {})
+
+    @property
+    def label_column(self) -> str | None:
+        """Name of the label column on disk: gold_sim, margin, similarity, or values beside indices; None where nothing labels."""
         return LABEL_COLUMNS[self.kind]
 
     @property
@@ -106,80 +103,106 @@ class ScoreTable:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Range of the labels, margin quantiles, and the share of rows whose positive is below a negative."""
+        """Figures of the labels that catch a broken teacher; which ones depends on the kind."""
         return dict(self.artifact.manifest["summary"])
 
     def __len__(self) -> int:
         return sum(self.artifact.manifest["shards"].values())
 
     def labels(self) -> NDArray[np.float32]:
-        """Return float32 [R, W]: all labels."""
-        return np.concatenate([_matrix(read_shard(path, self.artifact), self.label_column) for path in self.shard_paths])
+        """Return float32 [R, W]: all labels; W is N scores, N−1 margins, 1 similarity. ValueError for other kinds."""
+        if self.kind in ("none", "embedding"):
+            raise ValueError(f"{self.artifact.folder}: a table of kind {self.kind!r} has no matrix of labels")
+        column = str(self.label_column)
+        return np.concatenate([matrix_of(read_shard(path, self.artifact), column) for path in self.shard_paths])
+
+    def vectors(self) -> scipy.sparse.csr_matrix:
+        """Return float32 CSR [R, V]: the teacher's vectors, in order. ValueError unless the kind is embedding."""
+        import scipy.sparse
+
+        if self.kind != "embedding":
+            raise ValueError(f"{self.artifact.folder}: a table of kind {self.kind!r} has no vectors")
+        tables = [read_shard(path, self.artifact) for path in self.shard_paths]
+        columns = {name: [table[name].combine_chunks() for table in tables] for name in ("indices", "values")}
+        lengths = np.concatenate([np.diff(part.offsets.to_numpy()) for part in columns["indices"]])
+        starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+        indices, values = (
+            np.concatenate([part.flatten().to_numpy() for part in columns[name]]) for name in ("indices", "values")
+        )
+        return scipy.sparse.csr_matrix((values, indices, starts), shape=(len(self), self.contract.dimension))
 
     def rows(self) -> Iterator[tuple[str, list[str], list[float]]]:
-        """Yield (query_id, passage_ids, labels), in order."""
+        """Yield (query_id, passage_ids, labels), in order; no labels for kind none. ValueError for embedding, see ``texts``."""
+        if self.kind == "embedding":
+            raise ValueError(f"{self.artifact.folder}: a table of kind 'embedding' holds texts, not rows of passages")
         for path in self.shard_paths:
             for batch in read_shard(path, self.artifact).to_batches(max_chunksize=1024):
-                yield from zip(*(batch.column(column).to_pylist() for column in range(3)), strict=True)
+                columns = [batch.column(place).to_pylist() for place in range(batch.num_columns)]
+                labels = columns[2] if len(columns) > 2 else [[] for _ in columns[0]]
+                wrapped = [[label] for label in labels] if self.kind == "similarity" else labels
+                yield from zip(columns[0], columns[1], wrapped, strict=True)
+
+    def texts(self) -> dict[Role, list[str]]:
+        """Return the ids of every text by role, each once, in the order of first use."""
+        ids: dict[Role, dict[str, None]] = {"query": {}, "passage": {}}
+        for path in self.shard_paths:
+            table = read_shard(path, self.artifact)
+            if self.kind == "embedding":
+                for role, text_id in zip(table["role"].to_pylist(), table["text_id"].to_pylist(), strict=True):
+                    ids[cast(Role, role)][text_id] = None
+            else:
+                ids["query"].update(dict.fromkeys(table["query_id"].to_pylist()))
+                ids["passage"].update(dict.fromkeys(table["passage_ids"].combine_chunks().flatten().to_pylist()))
+        return {role: list(found) for role, found in ids.items()}
 
 
-def check_for_loss(table: ScoreTable, loss_name: str) -> None:
-    """Raise ValueError unless a loss can learn from the table's kind.
+def check_for_loss(table: ScoreTable, losses: Iterable[str]) -> None:
+    """Raise ValueError, with the valid choices, unless the main losses, together, can learn from the table.
 
-    KL needs whole score lists: a softmax over margins leaves the positive out. MarginMSE takes both kinds; it knows scores from
-    margins only by width, which ``ScoreTable.open`` has verified, so the trainer must pass exactly ``num_passages`` texts.
+    Each labelled loss needs its kind: KL whole score lists, since a softmax over margins leaves the positive out. MarginMSE knows
+    scores from margins only by width, which ``ScoreTable.open`` has verified, so the trainer must pass exactly ``num_passages``
+    texts. Losses over passages alone may stand beside a labelled one, never alone on labels that they would ignore.
+    SparseMSELoss stands alone. A loss of one's own, ``module:Class``, takes any kind.
     """
-    needs = {"SparseDistillKLDivLoss": ("score_list",), "SparseMarginMSELoss": ("score_list", "margin")}
-    if loss_name not in needs:
-        raise ValueError(f"[training] loss = {loss_name!r} is not a loss over score tables; expected one of {sorted(needs)}")
-    if table.kind not in needs[loss_name]:
+    names = list(losses)
+    for name in names:
+        _check_loss(table, name)
+    known = [name for name in names if ":" not in name]
+    if "SparseMSELoss" in names and len(names) > 1:
+        other = next(name for name in names if name != "SparseMSELoss")
         raise ValueError(
-            f'[training] loss = "{loss_name}" needs score lists of {table.num_passages} gold_sim, but {table.artifact.folder} '
-            f'holds {table.num_passages - 1} margins per row; set [labels] kind = "score_list" (no teacher call) or choose '
-            'loss = "SparseMarginMSELoss"'
+            f"[training] loss: SparseMSELoss beside {other}: its labels are vectors, which no other loss can read; name it alone"
+        )
+    if table.kind != "none" and names == known and all(name in _WITHOUT_LABELS for name in names):
+        raise ValueError(
+            f"[training] loss = {names[0]!r} would ignore the labels of {table.artifact.folder} "
+            f'({_found(table)}); set [labels] kind = "none" (asks no teacher), or name one of {list(_BY_KIND[table.kind])} too'
+        )
+    if "SparseTripletLoss" in names and table.num_passages != 2:
+        raise ValueError(
+            f"[training] loss = 'SparseTripletLoss' needs a positive and one negative per row, but {table.artifact.folder} holds "
+            f'{_found(table)}; set [labels] layout = "triplets" (no teacher call) or num_negatives = 1'
         )
 
 
-def _read_metadata(path: Path, schema: Any) -> tuple[Kind, int, list[dict[str, Any]], dict[str, Any]]:
-    metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
-    kind = metadata.get("sparsekd.kind")
-    wanted = {"sparsekd.order": ORDER, "sparsekd.version": str(TABLE_VERSION)}
-    for name, value in wanted.items():
-        if metadata.get(name) != value:
-            raise IntegrityError(f"{path}: metadata {name} is {metadata.get(name)!r}, expected {value!r}; rebuild the table")
-    if kind != "score_list" and kind != "margin":
-        expected = "expected 'score_list' or 'margin'"
-        raise IntegrityError(f"{path}: metadata sparsekd.kind is {kind!r}, {expected}; rebuild the table")
-    try:
-        num_passages = int(metadata["sparsekd.num_passages"])
-        teachers, calibration = json.loads(metadata["sparsekd.teachers"]), json.loads(metadata["sparsekd.calibration"])
-    except (KeyError, ValueError) as error:
-        raise IntegrityError(f"{path}: metadata is incomplete ({error!r}); rebuild the table") from error
-    if num_passages < 2:
-        raise IntegrityError(f"{path}: {num_passages} passages per row, expected a positive and at least one negative")
-    return kind, num_passages, teachers, calibration
+def _check_loss(table: ScoreTable, name: str) -> None:
+    if ":" in name:
+        return
+    kinds = [kind for kind, names in _BY_KIND.items() if name in names]
+    if not kinds:
+        known = sorted({name for names in _BY_KIND.values() for name in names})
+        raise ValueError(f"[training] loss = {name!r} is not a loss over score tables; expected one of {known}, or module:Class")
+    takes_passages = name in _WITHOUT_LABELS and table.kind in ("score_list", "margin")
+    if table.kind not in kinds and not takes_passages:
+        wanted = " or ".join(f'[labels] kind = "{kind}"' for kind in kinds)
+        num_passages = table.num_passages if table.num_passages > 1 else "N"
+        needs = " or ".join(_TAKES[kind].format(n=num_passages, m="N−1") for kind in kinds)
+        valid = " or ".join(f'"{choice}"' for choice in _BY_KIND[table.kind])
+        raise ValueError(
+            f'[training] loss = "{name}" needs {needs}, but {table.artifact.folder} holds {_found(table)}; set {wanted}, '
+            f"or choose loss = {valid}"
+        )
 
 
-def _check_rows(path: Path, table: Any, label_column: str, num_passages: int) -> None:
-    for column in table.columns:
-        values = column.combine_chunks().flatten() if pa.types.is_fixed_size_list(column.type) else column
-        if column.null_count or values.null_count:
-            raise IntegrityError(f"{path}: holds nulls; rebuild the table")
-        if pa.types.is_string(values.type) and pc.any(pc.equal(values, "")).as_py():
-            raise IntegrityError(f"{path}: holds an empty id; rebuild the table")
-    not_finite = int((~np.isfinite(_matrix(table, label_column))).sum())
-    if not_finite:
-        raise IntegrityError(f"{path}: {not_finite} labels of {label_column} are not finite; rebuild the table")
-    codes = table["passage_ids"].combine_chunks().flatten().dictionary_encode().indices.to_numpy()
-    ordered_RN = np.sort(codes.reshape(-1, num_passages), axis=1)
-    repeated = np.flatnonzero((ordered_RN[:, 1:] == ordered_RN[:, :-1]).any(axis=1))
-    if repeated.size:
-        first = f"query {table['query_id'][int(repeated[0])].as_py()!r}"
-        raise IntegrityError(f"{path}: {repeated.size} rows hold a passage twice (first: {first}); rebuild the table")
-
-
-def _matrix(table: Any, column: str) -> NDArray[np.float32]:
-    """float32 [rows, width] of a fixed-size list column."""
-    values = table[column].combine_chunks()
-    matrix: NDArray[np.float32] = values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), -1)
-    return matrix
+def _found(table: ScoreTable) -> str:
+    return _TAKES[table.kind].format(n=table.num_passages, m=table.num_passages - 1)

@@ -1,11 +1,13 @@
 """A dense bi-encoder as an Encoder: sentence-transformers does the model, this does prompts, batches, limits and refusals.
 
-The model is loaded at the first text that needs it. Vectors are what the model's own modules give: normalised only if it has a
-module for that, compared by the similarity it declares. Prompts are the recipe's, never the model's own in silence.
+The model is loaded at the first text that needs it and runs without padding where it can. Vectors are what the model's own modules
+give: normalised only if it has a module for that, compared by the similarity it declares. Prompts are the recipe's, never the
+model's own in silence.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 
 from sparsekd.model_reference import resolve
 from sparsekd.recipe import EncoderSpec, Run
-from sparsekd.teachers.batching import length_batches
+from sparsekd.teachers.batching import forward_tokens, length_batches
 from sparsekd.teachers.identity import encoder_identity
 from sparsekd.teachers.loading import length_limit, model_arguments
 from sparsekd.teachers.protocols import Role, Similarity
@@ -37,6 +39,7 @@ class DenseEncoder:
         self._run = run
         self._model: Any = None
         self._limit: int | None = None
+        self._without_padding = contextlib.ExitStack()  # never left: the model is this object's own
 
     @property
     def dimension(self) -> int:
@@ -54,12 +57,10 @@ class DenseEncoder:
         vectors_ND = np.empty((len(texts), self.dimension), dtype=np.float32)
         lengths = self._token_lengths([prompt + text for text in texts])
         encoded = []
-        for batch in length_batches(lengths, self._run.batch_tokens):
+        for batch in length_batches(lengths, forward_tokens(self._run.batch_tokens, model.device.type)):
             inputs = [texts[position] for position in batch]
             # prompt="" means none: left out, the model's default_prompt_name would apply.
-            vectors = model.encode(
-                inputs, prompt=prompt, batch_size=len(inputs), convert_to_tensor=True, show_progress_bar=False
-            )
+            vectors = model.encode(inputs, prompt=prompt, batch_size=len(inputs), convert_to_tensor=True, show_progress_bar=False)
             encoded.append((batch, vectors))
         for batch, vectors in encoded:  # copied once all are queued: a copy per batch would make a GPU wait for each
             vectors_ND[batch] = vectors.float().cpu().numpy()
@@ -94,6 +95,8 @@ class DenseEncoder:
         from sentence_transformers import SentenceTransformer
         from transformers import PreTrainedTokenizerBase
 
+        from sparsekd.packed_body import packed
+
         model = SentenceTransformer(str(resolve(self._spec.model).path), **arguments)
         if not isinstance(model.tokenizer, PreTrainedTokenizerBase):
             raise ValueError(
@@ -104,6 +107,8 @@ class DenseEncoder:
         if self._spec.max_length is not None:
             model.max_seq_length = self._spec.max_length
         self._warn_of_unused_prompts(model.prompts, model.default_prompt_name)
+        if self._run.packed:
+            self._without_padding.enter_context(packed(model))
         return model.eval()
 
     def _warn_of_unused_prompts(self, prompts: dict[str, str | None], default_name: str | None) -> None:

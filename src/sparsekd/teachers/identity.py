@@ -18,6 +18,7 @@ from sparsekd.teachers.protocols import Similarity
 # Raise a version when a change to this room changes scores beyond float rounding: what the old one banked is then not used.
 DENSE_STAGE = "teachers/dense v1"
 CROSS_ENCODER_STAGE = "teachers/cross-encoder v1"
+SPARSE_STAGE = "teachers/sparse v1"
 
 
 def encoder_identity(spec: EncoderSpec) -> dict[str, Any]:
@@ -31,6 +32,8 @@ def teacher_identity(teacher: Teacher) -> dict[str, Any]:
     """Return the identity of a teacher; a dense one has its encoder's."""
     if teacher.kind == "dense":
         return encoder_identity(teacher)
+    if teacher.kind == "sparse":
+        return sparse_identity(teacher)
     folder = resolve(teacher.model).path
     return {
         "stage": CROSS_ENCODER_STAGE,
@@ -38,6 +41,27 @@ def teacher_identity(teacher: Teacher) -> dict[str, Any]:
         "activation": "identity",
         **_common_fields(teacher, folder),
     }
+
+
+def sparse_identity(spec: EncoderSpec) -> dict[str, Any]:
+    """Return the identity of a sparse encoder; ValueError if the folder holds another kind of model or declares another
+    similarity than the dot product.
+    """
+    folder = resolve(spec.model).path
+    config = _read_json(folder / "config_sentence_transformers.json")
+    if config.get("model_type") != "SparseEncoder" or not (folder / "modules.json").is_file():
+        found = config.get("model_type") or "no model_type in config_sentence_transformers.json"
+        raise ValueError(
+            f"model {spec.model!r}: {folder} holds {found}; expected a saved SparseEncoder, whose modules.json says how token "
+            "weights become one vector; save it once as a SparseEncoder"
+        )
+    similarity = config.get("similarity_fn_name") or "dot"
+    if similarity != "dot":
+        raise ValueError(
+            f"{folder / 'config_sentence_transformers.json'}: similarity_fn_name is {similarity!r}; a sparse teacher scores by the "
+            "dot product, as a sparse index does; set it to dot if the model may be used so"
+        )
+    return {"stage": SPARSE_STAGE, "kind": "sparse", "similarity": "dot", **_common_fields(spec, folder)}
 
 
 def declared_similarity(folder: Path) -> Similarity:
@@ -67,18 +91,20 @@ def _common_fields(spec: EncoderSpec, folder: Path) -> dict[str, Any]:
 
 def _refuse_parts_elsewhere(spec: EncoderSpec, folder: Path) -> None:
     """Refuse a folder that takes its tokenizer or its code from another place: its digests would not cover them."""
-    tokenizer = _read_json(folder / "sentence_bert_config.json").get("tokenizer_name_or_path")
-    if tokenizer:
-        raise ValueError(
-            f"model {spec.model!r}: {folder / 'sentence_bert_config.json'} takes the tokenizer from {tokenizer!r}; "
-            "expected it in the model's folder, where its bytes are part of the key; save the model again with its tokenizer"
-        )
-    code = [place for place in _read_json(folder / "config.json").get("auto_map", {}).values() if "--" in str(place)]
-    if spec.trust_remote_code and code:
-        raise ValueError(
-            f"model {spec.model!r}: {folder / 'config.json'} takes its code from {code[0]!r}; expected it in the model's "
-            "folder, where its bytes are part of the key; copy the code there and drop the part before -- in auto_map"
-        )
+    for path in sorted(folder.rglob("sentence_bert_config.json")):  # a router's transformers lie below the root
+        tokenizer = _read_json(path).get("tokenizer_name_or_path")
+        if tokenizer:
+            raise ValueError(
+                f"model {spec.model!r}: {path} takes the tokenizer from {tokenizer!r}; "
+                "expected it in the model's folder, where its bytes are part of the key; save the model again with its tokenizer"
+            )
+    for path in sorted(folder.rglob("config.json")) if spec.trust_remote_code else []:
+        code = [place for place in _read_json(path).get("auto_map", {}).values() if "--" in str(place)]
+        if code:
+            raise ValueError(
+                f"model {spec.model!r}: {path} takes its code from {code[0]!r}; expected it in the model's "
+                "folder, where its bytes are part of the key; copy the code there and drop the part before -- in auto_map"
+            )
 
 
 def _refuse_other_kind(reference: str, folder: Path) -> None:
@@ -89,7 +115,7 @@ def _refuse_other_kind(reference: str, folder: Path) -> None:
     if kind != "SentenceTransformer":
         raise ValueError(
             f"model {reference!r}: {folder} holds a {kind}; expected a dense bi-encoder; "
-            'for a cross-encoder say kind = "cross-encoder"'
+            'for a cross-encoder say kind = "cross-encoder", for a SparseEncoder kind = "sparse"'
         )
     if not (folder / "modules.json").is_file():  # sentence-transformers would choose a pooling: the mean, or the last token
         raise ValueError(

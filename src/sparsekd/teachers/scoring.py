@@ -11,12 +11,14 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparsekd.bank.embeddings import EmbeddingBank
 from sparsekd.bank.scores import TeacherScores
+from sparsekd.bank.sparse import SparseBank
 from sparsekd.bank.text_key import text_keys
 from sparsekd.recipe import Run, Teacher
 from sparsekd.teachers.batching import BLOCK
@@ -26,6 +28,10 @@ from sparsekd.teachers.embedding import banked_vectors
 from sparsekd.teachers.keys import unique_keys
 from sparsekd.teachers.progress import progress
 from sparsekd.teachers.protocols import Encoder, Role, Scorer
+from sparsekd.teachers.sparse import SparseTeacher, banked_sparse_vectors, pairwise_dot
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 _log = logging.getLogger(__name__)
 
@@ -57,13 +63,15 @@ class ScoringCounts:
 def bank_scores(
     teacher: Teacher, run: Run, scores: TeacherScores, embeddings: EmbeddingBank, texts: PairTexts
 ) -> ScoringCounts:
-    """Append the gold_sim of every unknown pair to ``scores``; a dense teacher's vectors go to ``embeddings`` too.
+    """Append the gold_sim of every unknown pair to ``scores``; a bi-encoder's vectors go to ``embeddings`` (or its ``sparse``) too.
 
     ``scores`` must be open under ``teacher_identity(teacher)``. Raises ValueError, banking nothing of the shard, if the teacher
     gives a score that is not finite.
     """
     if teacher.kind == "dense":
         return bank_similarities(DenseEncoder(teacher, run), teacher.name, run, scores, embeddings, texts)
+    if teacher.kind == "sparse":
+        return bank_dot_products(SparseTeacher(teacher, run), teacher.name, run, scores, embeddings.sparse, texts)
     return bank_scorer(CrossEncoderScorer(teacher, run), teacher.name, run, scores, texts)
 
 
@@ -82,18 +90,46 @@ def bank_similarities(
     encoder: Encoder, name: str, run: Run, scores: TeacherScores, embeddings: EmbeddingBank, texts: PairTexts
 ) -> ScoringCounts:
     """Fill ``scores`` from an Encoder: each text of an unknown pair is encoded once, through ``embeddings``."""
+
+    def vectors(side: Sequence[str], role: Role) -> NDArray[np.float32]:
+        return banked_vectors(encoder, embeddings, side, role, run.shard_pairs)
+
+    pairs = _bank_vector_scores(vectors, encoder.score_vectors, name, run, scores, texts)
+    return _counts(pairs, encoder.num_truncated)
+
+
+def bank_dot_products(
+    teacher: SparseTeacher, name: str, run: Run, scores: TeacherScores, bank: SparseBank, texts: PairTexts
+) -> ScoringCounts:
+    """Fill ``scores`` from a sparse teacher: each text of an unknown pair is encoded once, through ``bank``."""
+
+    def vectors(side: Sequence[str], role: Role) -> scipy.sparse.csr_matrix:
+        return banked_sparse_vectors(teacher, bank, side, role, run.shard_pairs)
+
+    pairs = _bank_vector_scores(vectors, pairwise_dot, name, run, scores, texts)
+    return _counts(pairs, teacher.num_truncated)
+
+
+def _bank_vector_scores(
+    vectors: Callable[[Sequence[str], Role], Any],
+    similarity: Callable[[Any, Any], GoldSim],
+    name: str,
+    run: Run,
+    scores: TeacherScores,
+    texts: PairTexts,
+) -> _Pairs:
+    """Fill ``scores`` with the similarity of the rows that ``vectors`` gives for the texts of unknown pairs, each text once."""
     pairs = _look_up(scores, texts)
-    queries, passages = pairs.queries[pairs.missing], pairs.passages[pairs.missing]
     if len(pairs.missing):
-        query_vectors, query_row = _vectors_of(encoder, embeddings, texts.queries, queries, "query", run.shard_pairs)
-        passage_vectors, passage_row = _vectors_of(encoder, embeddings, texts.passages, passages, "passage", run.shard_pairs)
+        query_vectors, query_row = _vectors_of(vectors, texts.queries, pairs.queries[pairs.missing], "query")
+        passage_vectors, passage_row = _vectors_of(vectors, texts.passages, pairs.passages[pairs.missing], "passage")
 
     def score(block: Positions) -> GoldSim:
         left, right = query_row[pairs.queries[block]], passage_row[pairs.passages[block]]
-        return encoder.score_vectors(query_vectors[left], passage_vectors[right])
+        return similarity(query_vectors[left], passage_vectors[right])
 
     _commit_shards(pairs, score, name, run, scores)
-    return _counts(pairs, encoder.num_truncated)
+    return pairs
 
 
 @dataclass(frozen=True)
@@ -137,13 +173,13 @@ def _characters(texts: Sequence[str]) -> Positions:
 
 
 def _vectors_of(
-    encoder: Encoder, embeddings: EmbeddingBank, texts: Sequence[str], places: Positions, role: Role, shard_texts: int
-) -> tuple[NDArray[np.float32], Positions]:
+    vectors: Callable[[Sequence[str], Role], Any], texts: Sequence[str], places: Positions, role: Role
+) -> tuple[Any, Positions]:
     """Return the vectors of the texts at ``places``, each once, and the row of each place."""
     used = np.unique(places)
     row_by_place = np.full(len(texts), -1, dtype=np.int64)
     row_by_place[used] = np.arange(len(used))
-    return banked_vectors(encoder, embeddings, [texts[place] for place in used], role, shard_texts), row_by_place
+    return vectors([texts[place] for place in used], role), row_by_place
 
 
 def _commit_shards(pairs: _Pairs, score: Callable[[Positions], GoldSim], name: str, run: Run, scores: TeacherScores) -> None:

@@ -25,6 +25,13 @@ tags:
 ---
 """
 
+_KINDS = {"splade": "SPLADE", "csr": "CSR"}
+_EXPANSIONS = {
+    "both": "queries and passages both through the transformer",
+    "passage": "passages through the transformer, queries by a table of term weights",
+    "query": "queries through the transformer, passages by a table of term weights",
+}
+
 
 def write_card(path: Path, recipe: Recipe, table: ScoreTable, extra: dict[str, Any], trained: TrainedStudent) -> None:
     """Write the card as Markdown to ``path``."""
@@ -32,14 +39,20 @@ def write_card(path: Path, recipe: Recipe, table: ScoreTable, extra: dict[str, A
 
 
 def _card(recipe: Recipe, table: ScoreTable, extra: dict[str, Any], trained: TrainedStudent) -> str:
-    training, student = recipe.training, recipe.student
+    training, student, card = recipe.training, recipe.student, trained.loss_card
     last: dict[str, Any] = next((entry for entry in reversed(trained.log_history) if "loss" in entry), {})
     teachers = "\n".join(f"- `{teacher.name}`: {teacher.kind}, `{_shown(teacher.model)}`" for teacher in recipe.teachers)
+    losses = "\n".join(f"- {loss['weight']:g} × {loss['name']} `{_json(loss['config'])}`" for loss in card["losses"])
+    regularizers = "\n".join(
+        f"- {side}: {regularizer['name']} `{_json(regularizer['config'])}`, lambda {last.get(f'lambda_{side}', 0.0):.4g} at the end"
+        for side, regularizer in card["regularizers"].items()
+    )
+    citations = "\n\n".join(card["citations"])
     return f"""{_FRONT_MATTER}
-# SPLADE student distilled with sparsekd
+# {_KINDS[student.kind]} student distilled with sparsekd
 
-A learned sparse retriever: `SparseEncoder` vectors over a vocabulary of {trained.model.get_embedding_dimension()} terms, dot
-product, at most {student.max_length} tokens a text.
+A learned sparse retriever: `SparseEncoder` vectors over {trained.model.get_embedding_dimension()} dims,
+{_EXPANSIONS[student.expansion]}, similarity {trained.model.similarity_fn_name}, at most {student.max_length} tokens a text.
 
 ```python
 from sentence_transformers import SparseEncoder
@@ -54,20 +67,27 @@ print(model.similarity(queries, passages))
 
 {teachers}
 
-Calibration `{recipe.labels.calibration.kind}`, labels `{table.kind}`, {table.num_passages} passages a row, positive first.
+{_labels(recipe, table)}
 
 ## Data
 
 Collection `{Path(recipe.collection.path).name}`, {extra["counts"]["rows"]} rows (score table `{table.key}`).
-Counts of stage 1: `{json.dumps(table.counts, sort_keys=True)}`
+Counts of stage 1: `{_json(table.counts)}`
+Counts of training: `{_json(extra["counts"])}`
 
 ## Training
 
-Loss `SpladeLoss({training.loss})`, temperature {training.temperature:g}, lambda_query {student.lambda_query:g}, lambda_passage
-{student.lambda_passage:g} ({training.lambda_schedule} ramp over {training.lambda_warmup_ratio:.0%} of the steps),
-{trained.num_steps} steps of {training.batch_size} rows, learning rate {training.learning_rate:g}, seed {training.seed}.
+Losses, in {card["wrapper"]}:
+
+{losses}
+
+Regularizers over the batch of {training.batch_size} rows:
+
+{regularizers or "- none"}
+
+{trained.num_steps} steps, learning rate {training.learning_rate:g}, precision {training.precision}, seed {training.seed}.
 Started from `{_shown(student.model)}`{f", first {student.num_layers} layers" if student.num_layers else ""}.
-In the last logged batches: loss {last.get("loss", float("nan")):.4g}, query active dims {last.get("query_active_dims", 0):.0f},
+In the last logged batch: loss {last.get("loss", float("nan")):.4g}, query active dims {last.get("query_active_dims", 0):.0f},
 passage active dims {last.get("passage_active_dims", 0):.0f}.
 
 ## Made by
@@ -76,8 +96,29 @@ passage active dims {last.get("passage_active_dims", 0):.0f}.
 {extra["command"]}
 ```
 
-Versions: `{json.dumps(extra["versions"], sort_keys=True)}`. Keys, recipe and checksums of every file are in `manifest.json`.
+Versions: `{_json(extra["versions"])}`. Keys, recipe and checksums of every file are in `manifest.json`.
+
+## Cited
+
+```bibtex
+{citations}
+```
 """
+
+
+def _labels(recipe: Recipe, table: ScoreTable) -> str:
+    if table.kind == "none":
+        return f"No labels: {table.num_passages} passages a row, positive first."
+    if table.kind == "embedding":
+        return "Labels: the teacher's vectors."
+    calibration = f"Calibration `{recipe.labels.calibration.kind}`, labels `{table.kind}`"
+    if table.kind == "similarity":
+        return f"{calibration}, one pair a row."
+    return f"{calibration}, {table.num_passages} passages a row, positive first."
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def _shown(reference: str) -> str:

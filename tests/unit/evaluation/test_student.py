@@ -22,7 +22,7 @@ def draw_texts(count: int, longest: int) -> list[str]:
 
 
 def build(folder: Path, **fields: Any) -> Any:
-    from sparsekd.students.splade import build_student
+    from sparsekd.students.building import build_student
 
     return build_student(Student(model=str(folder), max_length=32, query_prompt="what is the ", **fields), folder)
 
@@ -39,11 +39,11 @@ def library_vectors(model: Any, texts: list[str], role: str) -> np.ndarray[Any, 
 
 @pytest.mark.parametrize("fixture", ["tiny_masked_lm_folder", "tiny_headless_folder"])
 @pytest.mark.parametrize("role", ["query", "passage"])
-@pytest.mark.parametrize("fused", [True, False])
-def test_vectors_equal_the_librarys_own(request: pytest.FixtureRequest, fixture: str, role: Any, fused: bool) -> None:
+@pytest.mark.parametrize(("fused", "packed"), [(True, True), (True, False), (False, True), (False, False)])
+def test_vectors_equal_the_librarys_own(request: pytest.FixtureRequest, fixture: str, role: Any, fused: bool, packed: bool) -> None:
     model, texts = build(request.getfixturevalue(fixture)), draw_texts(40, longest=50)  # some over the limit of 32 tokens
 
-    vectors = encode_csr(model, texts, role=role, batch_tokens=128, fused=fused)
+    vectors = encode_csr(model, texts, role=role, batch_tokens=128, fused=fused, packed=packed)
 
     np.testing.assert_allclose(vectors.toarray(), library_vectors(model, texts, role), atol=1e-5)
     assert (vectors.dtype, vectors.format, vectors.has_canonical_format) == (np.float32, "csr", True)
@@ -69,6 +69,42 @@ def test_max_active_dims_of_the_model_is_kept(tiny_masked_lm_folder: Path) -> No
 
     assert np.diff(vectors.indptr).tolist() == [4] * 5
     np.testing.assert_allclose(vectors.toarray(), library_vectors(model, texts, "passage"), atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_texts_over_the_limit_are_counted(model: Any, caplog: pytest.LogCaptureFixture, packed: bool) -> None:
+    fits, over = " ".join(["cat"] * 30), " ".join(["cat"] * 31)  # and two special tokens, at a limit of 32
+
+    with caplog.at_level("INFO"):
+        encode_csr(model, ["a", fits, over, over], role="passage", batch_tokens=64, fused=True, packed=packed)
+
+    assert "passage texts 4, 2 of them over the limit of tokens" in caplog.text
+
+
+def test_routers_encode_each_side_by_its_own_route(tiny_masked_lm_folder: Path) -> None:
+    from sentence_transformers import SparseEncoder
+    from sentence_transformers.base.modules import Router
+    from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
+
+    splade, texts = build(tiny_masked_lm_folder), draw_texts(30, longest=50)
+    static = SparseStaticEmbedding(splade.tokenizer)
+    router = Router.for_query_document([static], [splade[0], splade[1]], default_route=None, allow_empty_key=False)
+    student = SparseEncoder(modules=[router], device="cpu")
+
+    for role in ("query", "passage"):
+        vectors = encode_csr(student, texts[1:], role=role, batch_tokens=128, fused=True)
+
+        np.testing.assert_allclose(vectors.toarray(), library_vectors(student, texts[1:], role), atol=1e-5)
+
+
+def test_a_text_is_tokenised_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, tokenizer = [], type(model.tokenizer)
+    encode = tokenizer._encode_plus
+    monkeypatch.setattr(tokenizer, "_encode_plus", lambda self, text, *a, **k: seen.extend(text) or encode(self, text, *a, **k))
+
+    encode_csr(model, ["a cat", "a dog"], role="passage", batch_tokens=64, fused=False, packed=False)
+
+    assert seen == ["a cat", "a dog"]
 
 
 def test_no_texts_give_no_rows_of_the_right_width(model: Any) -> None:

@@ -20,8 +20,9 @@ from sparsekd.evaluation.systems import (
     judgements,
     rerank_rankings,
     scorer_rankings,
+    sparse_teacher_rankings,
 )
-from sparsekd.recipe import Recipe, Teacher
+from sparsekd.recipe import Recipe, Run, Teacher
 
 Make = Callable[..., Recipe]
 
@@ -115,6 +116,29 @@ def test_real_teachers_rank_too(
         "q1": ["p3", "p5"],
         "q2": [],
     }
+
+
+def test_a_sparse_teacher_ranks_all_passages_by_its_dot_product(
+    make_recipe: Make, collection: Collection, tmp_path: Path, tiny_splade_folder: Path
+) -> None:
+    from sentence_transformers import SparseEncoder
+
+    teacher = Teacher(name="s", kind="sparse", model=str(tiny_splade_folder))
+    bank = EmbeddingBank(tmp_path)
+
+    rankings, figures = sparse_teacher_rankings(teacher, make_recipe(), collection, "test", bank)
+
+    model = SparseEncoder(str(tiny_splade_folder), device="cpu")
+    passages = model.encode_document(list(collection.passages.values()), convert_to_sparse_tensor=False)
+    queries = model.encode_query([collection.queries[query_id] for query_id in rankings], prompt="", convert_to_sparse_tensor=False)
+    for (query_id, ranking), scores in zip(rankings.items(), (queries @ passages.T).numpy(), strict=True):
+        expected = ranked(list(collection.passages), scores)
+        found = dict(zip(ranking.passage_ids, ranking.scores.tolist(), strict=True))
+        assert found == pytest.approx(dict(zip(expected.passage_ids, expected.scores.tolist(), strict=True)), rel=1e-4), query_id
+    assert figures["query_active_dims"] == pytest.approx(float((queries != 0).sum(dim=1).float().mean()))
+    # The device does not exist, so encoding anything would be refused.
+    elsewhere = make_recipe().model_copy(update={"run": Run(device="cuda:99")})
+    assert ids(sparse_teacher_rankings(teacher, elsewhere, collection, "test", bank)[0]) == ids(rankings)
 
 
 def test_a_split_without_a_file_is_named_with_those_there_are(make_recipe: Make) -> None:

@@ -12,6 +12,14 @@ from numpy.typing import NDArray
 from sparsekd.mining.candidates import CandidateRow
 from sparsekd.recipe import Recipe
 
+_LOSS_BY_KIND = {
+    "score_list": "SparseMarginMSELoss",
+    "margin": "SparseMarginMSELoss",
+    "none": "SparseMultipleNegativesRankingLoss",
+    "similarity": "SparseCoSENTLoss",
+    "embedding": "SparseMSELoss",
+}
+
 
 class KnownScores:
     """A GoldSim over {teacher: {(query_id, passage_id): score}}; NaN for other pairs. Remembers what it was asked."""
@@ -51,16 +59,19 @@ def make_recipe() -> Callable[..., Recipe]:
     def make(
         labels: dict[str, Any] | None = None,
         negative_filter: dict[str, Any] | None = None,
-        teachers: Sequence[str] = ("judge",),
+        teachers: Sequence[str | dict[str, Any]] = ("judge",),
         **sections: Any,
     ) -> Recipe:
         document: dict[str, Any] = {
             "collection": {"path": "somewhere"},
             "mining": {"miners": [{"kind": "bm25", "quota": 50}], "filter": negative_filter or {}},
-            "teachers": [{"name": name, "kind": "cross-encoder", "model": f"models/{name}"} for name in teachers],
+            "teachers": [
+                {"name": name, "kind": "cross-encoder", "model": f"models/{name}"} if isinstance(name, str) else name
+                for name in teachers
+            ],
             "labels": {"num_negatives": 2, **(labels or {})},
             "student": {"model": "some/student"},
-            "training": {"loss": "SparseMarginMSELoss"},
+            "training": {"loss": _LOSS_BY_KIND[(labels or {}).get("kind", "score_list")]},
         }
         return Recipe.model_validate({**document, **sections})
 

@@ -23,7 +23,7 @@ def test_scores_are_found_by_content_in_the_order_asked_and_nan_where_unknown(tm
 
 
 def test_labels_import_no_torch_and_no_search_library() -> None:
-    modules = ("banked", "building", "calibration", "rows", "score_table")
+    modules = ("banked", "building", "calibration", "conversions", "rows", "score_table", "vectors")
     code = f"import sys, {', '.join(f'sparsekd.labels.{module}' for module in modules)}; print(*sys.modules)"
 
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -42,6 +42,43 @@ def test_vectors_equal_the_librarys_in_input_order(tiny_encoder_folder: Path, dr
     assert (vectors.shape, vectors.dtype) == ((40, 32), np.float32)
 
 
+def test_vectors_and_identity_are_the_same_without_padding(tiny_encoder_folder: Path, draw_texts: Draw) -> None:
+    texts = draw_texts(40)
+    padded, packed = (encoder(tiny_encoder_folder, run=Run(packed=packed)) for packed in (False, True))
+
+    vectors = packed.encode(texts, role="passage")
+
+    np.testing.assert_allclose(vectors, padded.encode(texts, role="passage"), atol=1e-5)
+    assert packed._loaded()[0].can_flatten_inputs
+    assert not padded._loaded()[0].can_flatten_inputs
+    assert packed.identity == padded.identity
+
+
+def test_an_encoder_that_needs_padding_keeps_it(
+    tiny_headless_folder: Path, tmp_path: Path, draw_texts: Draw, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import AutoTokenizer, MPNetConfig, MPNetModel
+
+    torch.manual_seed(0)
+    config = MPNetConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    MPNetModel(config).save_pretrained(tmp_path / "body")
+    AutoTokenizer.from_pretrained(tiny_headless_folder).save_pretrained(tmp_path / "body")
+    body = Transformer(str(tmp_path / "body"))
+    SentenceTransformer(modules=[body, Pooling(32, "mean")], device="cpu", similarity_fn_name="dot").save_pretrained(
+        str(tmp_path / "encoder"), create_model_card=False
+    )
+    texts = draw_texts(10)
+
+    with caplog.at_level("INFO"):
+        vectors = encoder(tmp_path / "encoder").encode(texts, role="passage")
+
+    np.testing.assert_allclose(vectors, library_vectors(tmp_path / "encoder", texts), atol=1e-5)
+    assert "with padding: MPNetModel" in caplog.text
+
+
 def test_vectors_are_not_normalised_by_us(tiny_encoder_folder: Path, draw_texts: Draw) -> None:
     norms = np.linalg.norm(encoder(tiny_encoder_folder).encode(draw_texts(5), role="query"), axis=1)
 
@@ -93,9 +130,7 @@ def test_a_declared_truncated_dimension_is_kept(tiny_encoder_folder: Path, tmp_p
     assert teacher.dimension == 8
 
 
-def test_cut_texts_are_counted_and_said_once(
-    tiny_encoder_folder: Path, draw_texts: Draw, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_cut_texts_are_counted_and_said_once(tiny_encoder_folder: Path, draw_texts: Draw, caplog: pytest.LogCaptureFixture) -> None:
     teacher = encoder(tiny_encoder_folder, max_length=10)
     short, long = "the heat of a wave", "the heat of a wave in the river of the old queen"
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from sparsekd.training.fit import TrainedStudent, train
 
 # Every file the trainer writes into a checkpoint of this student, and the seal; the first test keeps the list complete.
 FILES = [
-    "1_SpladePooling/config.json", "README.md", "config.json", "config_sentence_transformers.json", "model.safetensors",
-    "modules.json", "optimizer.pt", "rng_state.pth", "scheduler.pt", "sentence_bert_config.json", SEAL, "tokenizer.json",
-    "tokenizer_config.json", "trainer_state.json", "training_args.bin",
+    "1_SpladePooling/config.json", "config.json", "config_sentence_transformers.json", "model.safetensors", "modules.json",
+    "optimizer.pt", "rng_state.pth", "scheduler.pt", "sentence_bert_config.json", SEAL, "tokenizer.json", "tokenizer_config.json",
+    "trainer_state.json",
 ]  # fmt: skip
+FIELDS = {"table": "abc", "training": {"learning_rate": 1e-3, "seed": 1}, "regularizer": {"lambda_query": 0.1}}
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def written(tmp_path: Path) -> Path:
         checkpoint = tmp_path / "written" / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
         (checkpoint / "model.safetensors").write_bytes(bytes([step] * 100))
-        seal(checkpoint, "key")
+        seal(checkpoint, "key", FIELDS)
     return tmp_path / "written"
 
 
@@ -76,6 +78,8 @@ def test_a_torn_newest_checkpoint_falls_back_to_the_one_before_whichever_file_is
     newest = tmp_path / "whole" / "checkpoint-6"
     found = sorted(path.relative_to(newest).as_posix() for path in newest.rglob("*") if path.is_file())
     assert found == sorted(FILES)
+    sealed = json.loads((newest / SEAL).read_text(encoding="utf-8"))
+    key, fields = sealed["key"], sealed["fields"]
 
     for name in FILES:
         for damage in (cut, flip, empty, remove):
@@ -84,7 +88,7 @@ def test_a_torn_newest_checkpoint_falls_back_to_the_one_before_whichever_file_is
             damage(tmp_path / "torn" / "checkpoint-6" / name)
             caplog.clear()
 
-            checkpoint = newest_whole_checkpoint(tmp_path / "torn", "key")
+            checkpoint = newest_whole_checkpoint(tmp_path / "torn", key, fields)
 
             assert checkpoint == tmp_path / "torn" / "checkpoint-4", (name, damage.__name__)
             assert "checkpoint-6: torn (" in caplog.text
@@ -138,40 +142,108 @@ def test_a_run_starts_anew_where_every_checkpoint_is_torn(fit: Callable[..., Tra
 
 def test_a_checkpoint_of_another_experiment_is_refused_and_kept(written: Path) -> None:
     with pytest.raises(ValueError, match=r"checkpoint-6: belongs to experiment key, expected other; remove .*written and rerun"):
-        newest_whole_checkpoint(written, "other")
+        newest_whole_checkpoint(written, "other", FIELDS)
     assert (written / "checkpoint-6" / SEAL).is_file()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"table": "def"}, "table was 'abc', is 'def'"),
+        ({"training": {"learning_rate": 1e-3, "seed": 2}}, "training.seed was 1, is 2"),
+        ({"regularizer": {"lambda_query": 0.2}}, "regularizer.lambda_query was 0.1, is 0.2"),
+        ({"student": 1}, r"student was '\(absent\)', is 1"),
+        ({"table": 1, "training": 1, "regularizer": 1, "student": 1}, "regularizer was .*student was .*table was .* and 1 more;"),
+    ],
+)
+def test_what_differs_is_named(written: Path, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"checkpoint-6: belongs to experiment key, expected key2: {message}"):
+        newest_whole_checkpoint(written, "key2", {**FIELDS, **changed})
+
+
+def test_other_fields_under_the_same_key_are_refused_too(written: Path) -> None:
+    with pytest.raises(ValueError, match="belongs to experiment key, expected key: table was 'abc', is 'def'"):
+        newest_whole_checkpoint(written, "key", {**FIELDS, "table": "def"})
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "named"),
+    [
+        ("training", {"learning_rate": 2e-3}, r"training\.learning_rate was 0\.001, is 0\.002"),
+        ("training", {"loss": "SparseMarginMSELoss"}, r"training\.loss\."),
+        ("student", {"lambda_passage": 0.5}, r"regularizer\.lambda_passage was 0\.08, is 0\.5"),
+        ("student", {"max_length": 16}, r"student\.max_length was 32, is 16"),
+    ],
+)
+def test_a_run_of_another_experiment_is_refused_with_the_name_of_what_differs(
+    make_recipe: Callable[..., Recipe],
+    make_table: Callable[..., ScoreTable],
+    collection: Collection,
+    tmp_path: Path,
+    section: str,
+    setting: dict[str, Any],
+    named: str,
+) -> None:
+    recipe = make_recipe(max_steps=2, run={"save_steps": 1})
+    table = make_table(recipe)
+    train(recipe, table, collection, work_folder=tmp_path / "work", key="key")
+    kept = recipe.model_dump(mode="json")
+    other = Recipe.model_validate({**kept, section: {**kept[section], **setting}})
+
+    with pytest.raises(ValueError, match=rf"checkpoint-2: belongs to experiment key, expected key: {named}"):
+        train(other, table, collection, work_folder=tmp_path / "work", key="key")
+
+
+def test_a_table_of_other_labels_is_refused_with_the_name_of_what_differs(
+    make_recipe: Callable[..., Recipe], make_table: Callable[..., ScoreTable], collection: Collection, tmp_path: Path
+) -> None:
+    recipe, other = (make_recipe(max_steps=2, loss="SparseMarginMSELoss", labels={"num_negatives": n}) for n in (2, 3))
+    train(recipe, make_table(recipe), collection, work_folder=tmp_path / "work", key="key")
+
+    with pytest.raises(ValueError, match=r"belongs to experiment key, expected key: .*table_fields\.num_negatives was 2, is 3"):
+        train(other, make_table(other), collection, work_folder=tmp_path / "work", key="key")
 
 
 def test_the_newest_is_the_one_of_the_highest_step_not_of_the_highest_name(written: Path) -> None:
     (written / "checkpoint-6").rename(written / "checkpoint-10")
 
-    assert newest_whole_checkpoint(written, "key") == written / "checkpoint-10"
+    assert newest_whole_checkpoint(written, "key", FIELDS) == written / "checkpoint-10"
 
 
 def test_a_checkpoint_without_a_seal_was_never_finished(written: Path, caplog: pytest.LogCaptureFixture) -> None:
     (written / "checkpoint-6" / SEAL).unlink()
 
-    assert newest_whole_checkpoint(written, "key") == written / "checkpoint-4"
+    assert newest_whole_checkpoint(written, "key", FIELDS) == written / "checkpoint-4"
     assert "checkpoint-6: torn (it was never finished)" in caplog.text
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"files": 3}', '{"key": "key"}', '{"files": {}}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"files": 3}', '{"key": "key"}', '{"seal": "x", "files": 3}', "\udcff"])
 def test_an_unreadable_seal_is_a_torn_checkpoint(written: Path, caplog: pytest.LogCaptureFixture, content: str) -> None:
-    (written / "checkpoint-6" / SEAL).write_text(content, encoding="utf-8")
+    (written / "checkpoint-6" / SEAL).write_text(content, encoding="utf-8", errors="surrogateescape")
 
-    assert newest_whole_checkpoint(written, "key") == written / "checkpoint-4"
+    assert newest_whole_checkpoint(written, "key", FIELDS) == written / "checkpoint-4"
     assert f"torn ({SEAL} is unreadable)" in caplog.text
 
 
+def test_a_seal_that_says_other_fields_than_it_was_written_with_is_a_torn_checkpoint(
+    written: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = written / "checkpoint-6" / SEAL
+    path.write_text(path.read_text(encoding="utf-8").replace('"table": "abc"', '"table": "abd"'), encoding="utf-8")
+
+    assert newest_whole_checkpoint(written, "key", FIELDS) == written / "checkpoint-4"
+    assert f"torn ({SEAL} has changed)" in caplog.text
+
+
 def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
-    assert newest_whole_checkpoint(tmp_path / "nothing", "key") is None
+    assert newest_whole_checkpoint(tmp_path / "nothing", "key", FIELDS) is None
 
 
 def test_a_seal_lists_every_file_but_itself(written: Path) -> None:
     (written / "checkpoint-4" / "deep").mkdir()
     (written / "checkpoint-4" / "deep" / "file").write_bytes(b"x")
 
-    seal(written / "checkpoint-4", "key")
+    seal(written / "checkpoint-4", "key", FIELDS)
 
     files = json.loads((written / "checkpoint-4" / SEAL).read_text(encoding="utf-8"))["files"]
     assert sorted(files) == ["deep/file", "model.safetensors"]

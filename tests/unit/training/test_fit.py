@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from sentence_transformers import SparseEncoder
 
 from sparsekd.collection.beir import Collection
 from sparsekd.labels.score_table import ScoreTable
 from sparsekd.recipe import Recipe
-from sparsekd.students.splade import decoder_of
+from sparsekd.students.fast import decoder_of
 from sparsekd.training.fit import TrainedStudent, train, untrained_student
 
 MARGIN_MSE = "SparseMarginMSELoss"
@@ -165,3 +168,48 @@ def test_a_masked_lm_student_trains(
     assert trained.num_steps == 3
     assert trained.resumed_from_step == 0
     assert not trained.model.training
+
+
+STUDENTS: dict[str, dict[str, Any]] = {
+    "inference-free": {"student": {"expansion": "passage", "dropout": 0.1}},
+    "query expansion only": {"student": {"expansion": "query", "dropout": 0.1}},
+    "frozen table": {"student": {"expansion": "passage", "static_frozen": True}},
+    "mini-batches": {"student": {"dropout": 0.1}, "mini_batch_size": 2},
+    "adapters": {"student": {"lora_rank": 2, "dropout": 0.1}},
+    "csr": {"student": {"kind": "csr", "hidden_dim": 64, "k": 4, "k_aux": 8, "dropout": 0.1}},
+    "csr, frozen body": {"student": {"kind": "csr", "hidden_dim": 64, "k": 4, "k_aux": 8, "freeze_body": True}},
+    "contrastive": {"labels": {"kind": "none"}, "loss": "SparseMultipleNegativesRankingLoss"},
+    "library's own path": {"run": {"packed": False, "fused_head": False}, "student": {"dropout": 0.1}},
+    "budget": {"student": {"budget": {"query_active_dims": 20, "passage_active_dims": 30}, "dropout": 0.1}},
+}
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_every_student_resumes_to_the_bit_and_reloads_without_this_project(
+    make_recipe: Callable[..., Recipe],
+    make_table: Callable[..., ScoreTable],
+    collection: Collection,
+    tmp_path: Path,
+    tiny_encoder_folder: Path,
+    name: str,
+) -> None:
+    settings = STUDENTS[name]
+    if "lora_rank" in settings.get("student", {}):
+        pytest.importorskip("peft", reason="adapters need the extra 'lora'")
+    student = {**settings.get("student", {}), **({"model": str(tiny_encoder_folder)} if "csr" in name else {})}
+    run = {"save_steps": 2, **settings.get("run", {})}
+    recipe = make_recipe(**{"max_steps": 6, **settings, "student": student, "run": run})
+    table, places = make_table(recipe), {"work_folder": tmp_path / "work", "key": "key"}
+    uninterrupted = train(recipe, table, collection, **places)
+    shutil.rmtree(tmp_path / "work" / "checkpoint-6")
+
+    resumed = train(recipe, table, collection, **places)
+
+    assert (resumed.resumed_from_step, resumed.num_steps) == (4, 6)
+    assert equal_weights(resumed, uninterrupted)
+    texts = list(collection.passages.values())[:5]
+    vectors = resumed.model.encode_document(texts).to_dense()
+    resumed.model.save_pretrained(str(tmp_path / "saved"), create_model_card=False)
+    plain = SparseEncoder(str(tmp_path / "saved"), device="cpu")
+    torch.testing.assert_close(plain.encode_document(texts).to_dense(), vectors)
+    torch.testing.assert_close(plain.encode_query(texts).to_dense(), resumed.model.encode_query(texts).to_dense())

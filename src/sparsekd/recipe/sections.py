@@ -1,20 +1,12 @@
-"""The recipe: one TOML file becomes frozen pydantic models, the only home of defaults.
-
-Everything outside ``[run]`` may change bytes and enters the keys of what it changes; ``[run]`` is recorded and enters none.
-Unknown keys are refused with the nearest known one. Imports no torch; loading costs milliseconds.
-"""
+"""The sections of a recipe as frozen pydantic models: the only home of defaults."""
 
 from __future__ import annotations
 
-import difflib
-import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sparsekd.overrides import apply_override
+from sparsekd.recipe import rules
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -108,8 +100,9 @@ class Teacher(EncoderSpec):
 
     name: str = Field(pattern=NAME)
     """How recipes, logs and metrics call it; enters no score key."""
-    kind: Literal["dense", "cross-encoder"]
-    """``dense``: the bi-encoder's own similarity. ``cross-encoder``: the logit, no activation."""
+    kind: Literal["dense", "cross-encoder", "sparse"]
+    """``dense``: the bi-encoder's own similarity. ``cross-encoder``: the logit, no activation. ``sparse``: the dot product of a
+    SparseEncoder's vectors."""
 
 
 class Calibration(_Section):
@@ -129,10 +122,14 @@ class Calibration(_Section):
 class Labels(_Section):
     """How banked scores become the rows a student trains on."""
 
-    kind: Literal["score_list", "margin"] = "score_list"
-    """``score_list``: N gold_sim, positive first. ``margin``: N−1 gold_sim(positive) − gold_sim(negative)."""
-    num_negatives: int = Field(default=4, ge=1)
-    """Negatives per row; a query with fewer kept candidates is dropped and counted, never padded."""
+    kind: Literal["score_list", "margin", "none", "similarity", "embedding"] = "score_list"
+    """``score_list``: N gold_sim, positive first. ``margin``: N−1 gold_sim(positive) − gold_sim(negative). ``none``: passages only,
+    for contrastive losses. ``similarity``: one (query, passage) pair a row with its combined gold_sim moved to [0, 1].
+    ``embedding``: one text a row with the sparse teacher's vector of it."""
+    layout: Literal["list", "triplets"] = "list"
+    """``list``: one row per query with all its negatives. ``triplets``: one row per (query, positive, negative)."""
+    num_negatives: int = Field(default=4, ge=0)
+    """Negatives per row; a query with fewer kept candidates is dropped and counted, never padded. 0 is for ``none``: pairs."""
     selection: Literal["top", "random"] = "top"
     """``top`` interleaves the miners by rank; ``random`` draws seeded per query id."""
     seed: int = 0
@@ -143,11 +140,22 @@ class Labels(_Section):
     """Weight per teacher name in the weighted mean, every teacher named; empty means every teacher equally."""
 
 
+class Budget(_Section):
+    """How many active dims a trained student may have; lambda is driven there by feedback."""
+
+    query_active_dims: float | None = Field(default=None, gt=0)
+    """Mean active dims of queries; None leaves lambda_query as it is."""
+    passage_active_dims: float | None = Field(default=None, gt=0)
+    """Mean active dims of passages; None leaves lambda_passage as it is."""
+
+
 class Student(_Section):
     """The sparse encoder that is trained."""
 
+    kind: Literal["splade", "csr"] = "splade"
+    """``splade``: weights over the vocabulary from a masked-LM head. ``csr``: a sparse autoencoder over a dense encoder."""
     model: str = Field(min_length=1)
-    """Starting weights: a masked-LM checkpoint, or an encoder without a head."""
+    """Starting weights: for ``splade`` a masked-LM checkpoint or an encoder without a head; for ``csr`` a dense encoder."""
     num_layers: int | None = Field(default=None, ge=1)
     """Keep the first L transformer layers only; None keeps all."""
     max_length: int = Field(default=128, ge=4)
@@ -157,29 +165,71 @@ class Student(_Section):
     initial_active_dims: int | None = Field(default=None, ge=1)
     """Lower the output bias so that a sample of passages starts with this many active dims on average; needs an encoder without a
     head. None leaves the bias at zero, where nearly the whole vocabulary is active."""
+    head_warmup_steps: int = Field(default=0, ge=0)
+    """Masked-LM steps on the collection's own passages, head only, before anything else; for a head that starts as the identity."""
+    expansion: Literal["both", "passage", "query"] = "both"
+    """Which side passes through the transformer. ``passage``: inference-free, a query weighs its own terms by a table.
+    ``query``: the other way round."""
+    static_weights: Literal["idf", "ones"] = "idf"
+    """What the table starts from where one side has no transformer: the collection's IDF, or 1 per term."""
+    static_frozen: bool = False
+    """Leave the table as it starts."""
+    hidden_dim: int | None = Field(default=None, ge=2)
+    """csr: width of the sparse vectors; None takes 4 times the encoder's."""
+    k: int = Field(default=64, ge=1)
+    """csr: active dims of every vector."""
+    k_aux: int = Field(default=512, ge=0)
+    """csr: dead dims revived per step by the auxiliary loss."""
+    freeze_body: bool = False
+    """csr: train the autoencoder only."""
+    lora_rank: int | None = Field(default=None, ge=1)
+    """Train low-rank adapters of the transformer's attention instead of its weights; merged into the weights when saved."""
+    lora_alpha: float = Field(default=16.0, gt=0)
+    """Scale of the adapters: alpha / rank multiplies them."""
     query_prompt: str = ""
     """Text put before each query, in training and in encode_query."""
     passage_prompt: str = ""
     """Text put before each passage, in training and in encode_document."""
+    regularizer: str = Field(default="FLOPS", min_length=1)
+    """Of both sides. ``FLOPS``: Paria et al. 2020. ``L1``: mean absolute weight sum. ``DF-FLOPS``: arXiv 2505.15070. ``IDF-FLOPS``:
+    arXiv 2411.04403. ``module:Class``: a torch module with compute_loss_from_embeddings."""
     lambda_query: float = Field(default=0.1, ge=0)
-    """Final weight of the FLOPS regularizer on queries (Paria et al. 2020)."""
+    """Final weight of the queries' regularizer; with a budget, where feedback starts."""
     lambda_passage: float = Field(default=0.08, ge=0)
-    """Final weight of the FLOPS regularizer on passages."""
+    """Final weight of the passages' regularizer; with a budget, where feedback starts."""
     threshold_query: int | None = Field(default=None, ge=1)
     """Queries with at most this many active dims are left out of the regularizer."""
     threshold_passage: int | None = Field(default=None, ge=1)
     """Passages with at most this many active dims are left out of the regularizer."""
+    budget: Budget | None = None
+    """Drive lambda by feedback until active dims meet this; None keeps lambda as given."""
 
 
 class Training(_Section):
     """How the student learns the score table."""
 
-    loss: Literal["SparseDistillKLDivLoss", "SparseMarginMSELoss"] = "SparseDistillKLDivLoss"
-    """Inner loss; SpladeLoss adds the regularizers. KL needs ``score_list`` labels."""
+    loss: str | dict[str, Annotated[float, Field(gt=0)]] = "SparseDistillKLDivLoss"
+    """Main loss, or a weighted sum: ``{SparseDistillKLDivLoss = 1.0, SparseMarginMSELoss = 0.05}``. ``module:Class`` names one
+    of your own."""
+    wrapper: Literal["SpladeLoss", "CachedSpladeLoss", "CSRLoss", "none"] | None = None
+    """What adds the regularizers. None takes the student's: CSRLoss for csr, ``none`` for SparseMSELoss, CachedSpladeLoss where
+    mini_batch_size is set, SpladeLoss else."""
+    mini_batch_size: int | None = Field(default=None, ge=1)
+    """Texts embedded at once by CachedSpladeLoss: memory of this many, loss and gradients of all, one forward pass more."""
     temperature: float = Field(default=2.0, gt=0)
     """Softmax temperature of both sides in KL; 2.0 is the library's sparse default (1.0 gave zero active dims)."""
+    scale: float = Field(default=1.0, gt=0)
+    """Multiplies the similarities of SparseMultipleNegativesRankingLoss, SparseCoSENTLoss and SparseAnglELoss."""
+    triplet_margin: float = Field(default=5.0, gt=0)
+    """Margin of SparseTripletLoss."""
+    csr_beta: float = Field(default=0.1, ge=0)
+    """CSRLoss: weight of the auxiliary reconstruction."""
+    csr_gamma: float = Field(default=1.0, ge=0)
+    """CSRLoss: weight of the main loss."""
     batch_size: int = Field(default=16, ge=1)
-    """Rows per optimizer step. The FLOPS statistic is taken over it, so it changes sparsity at equal lambda."""
+    """Rows per optimizer step, over all processes. Regularizers see all of them, so lambda means the same on any number."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Arithmetic of the forward pass under autocast; master weights are float32 always."""
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the table; ignored when max_steps is set."""
     max_steps: int | None = Field(default=None, ge=1)
@@ -195,9 +245,28 @@ class Training(_Section):
     lambda_schedule: Literal["quadratic", "linear"] = "quadratic"
     """Growth of both regularizer weights from 0."""
     lambda_warmup_ratio: float = Field(default=1 / 3, gt=0, le=1)
-    """Share of the steps after which the regularizer weights stand at their final value."""
+    """Share of the steps after which the regularizer weights stand at their final value, or the budget's feedback at its target."""
     seed: int = 42
     """Seed of data order and dropout."""
+    dev_steps: int | None = Field(default=None, ge=1)
+    """Measure dev nDCG@10 every this many steps and keep the best student, of those within the budget if there is one. None
+    keeps the last and measures nothing."""
+    dev_queries: int = Field(default=100, ge=1)
+    """Dev queries measured, those of smallest sha256(query_id)."""
+    dev_depth: int = Field(default=50, ge=1)
+    """BM25 passages per dev query, beside the judged ones, that are ranked."""
+    min_active_dims: float = Field(default=1.0, ge=0)
+    """Collapse alarm: fewer active dims than this on either side, for collapse_patience steps, stop the run."""
+    max_active_share: float = Field(default=0.5, gt=0, le=1)
+    """Collapse alarm: after lambda's warm-up, more of the vocabulary than this active on either side, for collapse_patience steps,
+    stop the run."""
+    collapse_patience: int = Field(default=50, ge=1)
+    """Steps outside the healthy band before the run stops."""
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Weight by name of each main loss."""
+        return {self.loss: 1.0} if isinstance(self.loss, str) else dict(self.loss)
 
 
 class Evaluation(_Section):
@@ -227,9 +296,13 @@ class Run(_Section):
     shard_pairs: int = Field(default=20_000, ge=1)
     """Pairs (or texts) scored between two commits to the bank: the most a crash can lose."""
     fused_head: bool = True
-    """Train with the SPLADE head computed block by block; off runs sentence-transformers' own modules."""
+    """Compute the SPLADE head block by block; off runs sentence-transformers' own module."""
+    packed: bool = True
+    """Run transformers on texts without padding where their attention allows it; off pads."""
     save_steps: int = Field(default=100, ge=1)
     """Optimizer steps between checkpoints: the most a crash can lose."""
+    tensorboard: bool = False
+    """Write the training log for TensorBoard beside the checkpoints; needs the package ``tensorboard``."""
     log_level: Literal["DEBUG", "INFO", "WARNING"] = "INFO"
     """Verbosity on stderr."""
 
@@ -247,136 +320,8 @@ class Recipe(_Section):
     run: Run = Run()
 
     @model_validator(mode="after")
-    def _names_agree(self) -> Self:
-        names = [teacher.name for teacher in self.teachers]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"[[teachers]] name {twice[0]!r} is used twice; each teacher needs its own")
-        for name in self.labels.weights:
-            if name not in names:
-                raise ValueError(f"[labels] weights names {name!r}, which is no teacher; expected one of {names}")
-        left_out = [name for name in names if name not in self.labels.weights]
-        if self.labels.weights and left_out:
-            raise ValueError(f"[labels] weights leaves out {left_out[0]!r}; name every teacher (0 ignores one) or none")
-        if self.labels.weights and not any(weight > 0 for weight in self.labels.weights.values()):
-            raise ValueError("[labels] weights has no positive weight; give at least one teacher a weight above 0")
-        if self.mining.filter.by not in ("miner", *names):
-            raise ValueError(f"[mining.filter] by = {self.mining.filter.by!r}: expected 'miner' or one of the teachers {names}")
+    def _sections_agree(self) -> Self:
+        rules.check_names(self)
+        rules.check_candidates_fill_rows(self)
+        rules.check_pairings(self)
         return self
-
-    @model_validator(mode="after")
-    def _candidates_can_fill_rows(self) -> Self:
-        for position, miner in enumerate(self.mining.miners):
-            if miner.depth < miner.skip + miner.quota:
-                raise ValueError(
-                    f"[mining.miners.{position}] depth = {miner.depth} is less than skip + quota = {miner.skip + miner.quota}: "
-                    "the quota can never be filled; raise depth"
-                )
-        proposed = sum(miner.quota for miner in self.mining.miners)
-        if self.labels.num_negatives > proposed:
-            raise ValueError(
-                f"[labels] num_negatives = {self.labels.num_negatives}, but the quotas of the miners add up to {proposed}: "
-                "every row would be dropped; raise a quota or lower num_negatives"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _loss_fits_labels(self) -> Self:
-        if self.training.loss == "SparseDistillKLDivLoss" and self.labels.kind == "margin":
-            raise ValueError(
-                '[training] loss = "SparseDistillKLDivLoss" needs [labels] kind = "score_list": '
-                'a softmax over margins leaves the positive out; or choose loss = "SparseMarginMSELoss"'
-            )
-        return self
-
-
-def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read and validate a recipe, with ``section.key=value`` overrides applied before validation.
-
-    Raises FileNotFoundError if the file is missing and ValueError, naming file, section, key, what was found and what was
-    expected, for anything that is not a recipe.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such recipe; expected a TOML file, e.g. pipeline/recipes/quickstart.toml")
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, a number of 5,000 digits, 1,000 nested brackets
-        raise ValueError(f"{path}: not valid TOML: {error}") from error
-    for override in overrides:
-        apply_override(document, override)
-    try:
-        return Recipe.model_validate(document)
-    except ValidationError as error:
-        problems = [problem for problem in error.errors() if not _is_echo(problem)]
-        raise ValueError("\n".join(f"{path}: {_explain(problem)}" for problem in problems)) from error
-
-
-def _is_echo(problem: Mapping[str, Any]) -> bool:
-    """Say whether pydantic only repeats, as a list too short, that it refused one of the list's items."""
-    return problem["type"] == "too_short" and bool(problem["input"])
-
-
-def _explain(problem: Mapping[str, Any]) -> str:
-    """One line: section, key, what was found, what was expected."""
-    kind, context, message = problem["type"], problem.get("ctx", {}), str(problem["msg"])
-    if kind == "value_error":
-        return message.removeprefix("Value error, ")  # ours: names its section itself
-    if kind.startswith("union_tag"):
-        return _explain_tag(problem)
-    place = _place(problem["loc"])
-    section, key = ".".join(place[:-1]) or "top level", place[-1] if place else ""
-    if kind == "extra_forbidden":
-        return f"[{section}] {key} is not a known key; {_hint(key, _known_keys(problem['loc']))}"
-    if kind == "missing":
-        return f"[{section}] {key} is missing; it has no default"
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        expected = "expected a table"
-    elif kind == "tuple_type":
-        expected = f"expected a list of tables, e.g. [[{'.'.join(place)}]]"
-    elif kind == "too_short":
-        expected = f"expected at least {context['min_length']} item"
-    else:
-        expected = f"{message[:1].lower()}{message[1:]}"
-    return f"[{section}] {key} = {problem['input']!r}: {expected}"
-
-
-def _explain_tag(problem: Mapping[str, Any]) -> str:
-    """Explain a miner whose ``kind`` is missing or unknown."""
-    section, found = ".".join(_place(problem["loc"])), problem["input"].get("kind")
-    if problem["type"] == "union_tag_not_found":
-        return f"[{section}] kind is missing; expected one of: {', '.join(_KINDS)}"
-    return f"[{section}] kind = {found!r} is not a known miner; {_hint(str(found), list(_KINDS))}"
-
-
-def _hint(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"expected one of: {', '.join(known)}"
-
-
-_KINDS: dict[str, type[BaseModel]] = {"bm25": BM25Miner, "dense": DenseMiner}
-_MODELS: dict[str, type[BaseModel]] = {
-    "collection": Collection,
-    "mining": Mining,
-    "filter": NegativeFilter,
-    "teachers": Teacher,
-    "labels": Labels,
-    "calibration": Calibration,
-    "student": Student,
-    "training": Training,
-    "evaluation": Evaluation,
-    "run": Run,
-}
-
-
-def _place(location: Sequence[str | int]) -> list[str]:
-    """Return the location without the tag (its kind) that pydantic puts after a miner's position: no place in the file."""
-    parts = [str(part) for part in location]
-    return parts[:3] + parts[4:] if parts[:2] == ["mining", "miners"] else parts
-
-
-def _known_keys(location: Sequence[str | int]) -> list[str]:
-    """Keys of the model that refused the unknown key at the end of ``location``."""
-    model: type[BaseModel] = Recipe
-    for part in location[:-1]:
-        model = (_MODELS | _KINDS).get(str(part), model)
-    return list(model.model_fields)

@@ -1,0 +1,22 @@
+"""The recipe: one TOML file becomes frozen pydantic models, the only home of defaults.
+
+Everything outside ``[run]`` may change bytes and enters the keys of what it changes; ``[run]`` is recorded and enters none.
+Unknown keys are refused with the nearest known one. Imports no torch; loading costs milliseconds.
+"""
+
+from sparsekd.recipe.loading import load_recipe as load_recipe
+from sparsekd.recipe.sections import BM25Miner as BM25Miner
+from sparsekd.recipe.sections import Budget as Budget
+from sparsekd.recipe.sections import Calibration as Calibration
+from sparsekd.recipe.sections import Collection as Collection
+from sparsekd.recipe.sections import DenseMiner as DenseMiner
+from sparsekd.recipe.sections import EncoderSpec as EncoderSpec
+from sparsekd.recipe.sections import Evaluation as Evaluation
+from sparsekd.recipe.sections import Labels as Labels
+from sparsekd.recipe.sections import Mining as Mining
+from sparsekd.recipe.sections import NegativeFilter as NegativeFilter
+from sparsekd.recipe.sections import Recipe as Recipe
+from sparsekd.recipe.sections import Run as Run
+from sparsekd.recipe.sections import Student as Student
+from sparsekd.recipe.sections import Teacher as Teacher
+from sparsekd.recipe.sections import Training as Training

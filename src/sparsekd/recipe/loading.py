@@ -1,0 +1,122 @@
+"""From a TOML file to a Recipe, with errors that name file, section, key, what was found and what was expected."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from sparsekd.overrides import apply_override
+from sparsekd.recipe.sections import (
+    BM25Miner,
+    Budget,
+    Calibration,
+    Collection,
+    DenseMiner,
+    Evaluation,
+    Labels,
+    Mining,
+    NegativeFilter,
+    Recipe,
+    Run,
+    Student,
+    Teacher,
+    Training,
+)
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read and validate a recipe, with ``section.key=value`` overrides applied before validation.
+
+    Raises FileNotFoundError if the file is missing and ValueError, naming file, section, key, what was found and what was
+    expected, for anything that is not a recipe.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe; expected a TOML file, e.g. pipeline/recipes/quickstart.toml")
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, a number of 5,000 digits, 1,000 nested brackets
+        raise ValueError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides:
+        apply_override(document, override)
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        problems = [problem for problem in error.errors() if not _is_echo(problem)]
+        raise ValueError("\n".join(f"{path}: {_explain(problem)}" for problem in problems)) from error
+
+
+def _is_echo(problem: Mapping[str, Any]) -> bool:
+    """Say whether pydantic only repeats, as a list too short, that it refused one of the list's items."""
+    return problem["type"] == "too_short" and bool(problem["input"])
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    """One line: section, key, what was found, what was expected."""
+    kind, context, message = problem["type"], problem.get("ctx", {}), str(problem["msg"])
+    if kind == "value_error":
+        return message.removeprefix("Value error, ")  # ours: names its section itself
+    if kind.startswith("union_tag"):
+        return _explain_tag(problem)
+    place = _place(problem["loc"])
+    section, key = ".".join(place[:-1]) or "top level", place[-1] if place else ""
+    if kind == "extra_forbidden":
+        return f"[{section}] {key} is not a known key; {_hint(key, _known_keys(problem['loc']))}"
+    if kind == "missing":
+        return f"[{section}] {key} is missing; it has no default"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        expected = "expected a table"
+    elif kind == "tuple_type":
+        expected = f"expected a list of tables, e.g. [[{'.'.join(place)}]]"
+    elif kind == "too_short":
+        expected = f"expected at least {context['min_length']} item"
+    else:
+        expected = f"{message[:1].lower()}{message[1:]}"
+    return f"[{section}] {key} = {problem['input']!r}: {expected}"
+
+
+def _explain_tag(problem: Mapping[str, Any]) -> str:
+    """Explain a miner whose ``kind`` is missing or unknown."""
+    section, found = ".".join(_place(problem["loc"])), problem["input"].get("kind")
+    if problem["type"] == "union_tag_not_found":
+        return f"[{section}] kind is missing; expected one of: {', '.join(_KINDS)}"
+    return f"[{section}] kind = {found!r} is not a known miner; {_hint(str(found), list(_KINDS))}"
+
+
+def _hint(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"expected one of: {', '.join(known)}"
+
+
+_KINDS: dict[str, type[BaseModel]] = {"bm25": BM25Miner, "dense": DenseMiner}
+_MODELS: dict[str, type[BaseModel]] = {
+    "collection": Collection,
+    "mining": Mining,
+    "filter": NegativeFilter,
+    "teachers": Teacher,
+    "labels": Labels,
+    "calibration": Calibration,
+    "student": Student,
+    "budget": Budget,
+    "training": Training,
+    "evaluation": Evaluation,
+    "run": Run,
+}
+
+
+def _place(location: Sequence[str | int]) -> list[str]:
+    """Return the location without the tag (its kind) that pydantic puts after a miner's position: no place in the file."""
+    parts = [str(part) for part in location]
+    return parts[:3] + parts[4:] if parts[:2] == ["mining", "miners"] else parts
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    """Keys of the model that refused the unknown key at the end of ``location``."""
+    model: type[BaseModel] = Recipe
+    for part in location[:-1]:
+        model = (_MODELS | _KINDS).get(str(part), model)
+    return list(model.model_fields)

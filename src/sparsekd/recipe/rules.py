@@ -1,0 +1,275 @@
+"""Which sections of a recipe go together: refused before anything is loaded, with the reason and what would do."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    from sparsekd.recipe.sections import Recipe
+
+LOSSES: dict[str, tuple[str, ...]] = {
+    "SparseDistillKLDivLoss": ("score_list",),
+    "SparseMarginMSELoss": ("score_list", "margin"),
+    "SparseMultipleNegativesRankingLoss": ("none", "score_list", "margin"),
+    "SparseTripletLoss": ("none", "score_list", "margin"),
+    "SparseCoSENTLoss": ("similarity",),
+    "SparseAnglELoss": ("similarity",),
+    "SparseCosineSimilarityLoss": ("similarity",),
+    "SparseMSELoss": ("embedding",),
+}
+"""Kinds of labels each loss can stand beside; the contrastive two read none and take scores only in a sum with a loss that does."""
+REGULARIZERS = ("FLOPS", "L1", "DF-FLOPS", "IDF-FLOPS")
+_READS_LABELS = tuple(name for name, kinds in LOSSES.items() if "none" not in kinds)
+_CONTRASTIVE = tuple(name for name, kinds in LOSSES.items() if "none" in kinds)
+_IN_BATCH = "SparseMultipleNegativesRankingLoss"
+_COMPARES_ROWS = (_IN_BATCH, "SparseCoSENTLoss", "SparseAnglELoss")
+_REASONS = {
+    "SparseDistillKLDivLoss": "it compares distributions over a row's passages, and a softmax over margins leaves the positive out",
+    "SparseMarginMSELoss": "it learns signed margins between a positive and its negatives",
+    "SparseMultipleNegativesRankingLoss": "it needs a query and its positive in each row",
+    "SparseTripletLoss": "it needs a query, its positive and one negative in each row",
+    "SparseCoSENTLoss": "it orders pairs by one similarity each",
+    "SparseAnglELoss": "it orders pairs by one similarity each",
+    "SparseCosineSimilarityLoss": "it moves a pair's cosine to one similarity in [0, 1]",
+    "SparseMSELoss": "it moves each text's vector to its teacher's",
+}
+_REGULARIZED = ("regularizer", "lambda_query", "lambda_passage", "threshold_query", "threshold_passage", "budget")
+SPLADE_ONLY = (*_REGULARIZED, "initial_active_dims", "head_warmup_steps", "expansion", "static_weights", "static_frozen")
+CSR_ONLY = ("hidden_dim", "k", "k_aux", "freeze_body")
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raise ValueError unless every teacher has a name of its own and every name that is used is a teacher's."""
+    names = [teacher.name for teacher in recipe.teachers]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"[[teachers]] name {twice[0]!r} is used twice; each teacher needs its own")
+    weights = recipe.labels.weights
+    for name in weights:
+        if name not in names:
+            raise ValueError(f"[labels] weights names {name!r}, which is no teacher; expected one of {names}")
+    left_out = [name for name in names if name not in weights]
+    if weights and left_out:
+        raise ValueError(f"[labels] weights leaves out {left_out[0]!r}; name every teacher (0 ignores one) or none")
+    if weights and not any(weight > 0 for weight in weights.values()):
+        raise ValueError("[labels] weights has no positive weight; give at least one teacher a weight above 0")
+    if recipe.mining.filter.by not in ("miner", *names):
+        raise ValueError(f"[mining.filter] by = {recipe.mining.filter.by!r}: expected 'miner' or one of the teachers {names}")
+
+
+def check_candidates_fill_rows(recipe: Recipe) -> None:
+    """Raise ValueError if the miners' quotas and depths can never give a row its negatives."""
+    for position, miner in enumerate(recipe.mining.miners):
+        if miner.depth < miner.skip + miner.quota:
+            raise ValueError(
+                f"[mining.miners.{position}] depth = {miner.depth} is less than skip + quota = {miner.skip + miner.quota}: "
+                "the quota can never be filled; raise depth"
+            )
+    proposed = sum(miner.quota for miner in recipe.mining.miners)
+    if recipe.labels.num_negatives > proposed:
+        raise ValueError(
+            f"[labels] num_negatives = {recipe.labels.num_negatives}, but the quotas of the miners add up to {proposed}: "
+            "every row would be dropped; raise a quota or lower num_negatives"
+        )
+
+
+def check_pairings(recipe: Recipe) -> None:
+    """Raise ValueError unless labels, losses, wrapper, regularizers and student fit each other, naming what would."""
+    for check in (_check_loss_names, _check_student, _check_rows, _check_losses, _check_wrapper, _check_regularizers):
+        check(recipe)
+
+
+def is_custom(name: str) -> bool:
+    """Say whether a loss or regularizer is somebody's own, ``module:Class``."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) is not None
+
+
+def num_columns(recipe: Recipe) -> int:
+    """Return how many texts a row has: 1 for ``embedding``, 2 for ``similarity``, else the query, its positive and negatives."""
+    labels = recipe.labels
+    if labels.kind in ("embedding", "similarity"):
+        return {"embedding": 1, "similarity": 2}[labels.kind]
+    return 3 if labels.layout == "triplets" else labels.num_negatives + 2
+
+
+def wrapper_of(recipe: Recipe) -> str:
+    """Return what adds the regularizers: as the recipe says, or what its student and losses take."""
+    training = recipe.training
+    if training.wrapper is not None:
+        return training.wrapper
+    if recipe.student.kind == "csr":
+        return "CSRLoss"
+    if "SparseMSELoss" in training.losses:
+        return "none"
+    return "CachedSpladeLoss" if training.mini_batch_size is not None else "SpladeLoss"
+
+
+def _check_loss_names(recipe: Recipe) -> None:
+    for key, names, known in (
+        ("[training] loss", list(recipe.training.losses), list(LOSSES)),
+        ("[student] regularizer", [recipe.student.regularizer], list(REGULARIZERS)),
+    ):
+        for name in names:
+            if name in known or is_custom(name):
+                continue
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"expected one of: {', '.join(known)}, or module:Class"
+            raise ValueError(f"{key} = {name!r} is not known; {hint}")
+    if not recipe.training.losses:
+        raise ValueError(f"[training] loss names no loss; expected at least one of: {', '.join(LOSSES)}, or module:Class")
+
+
+def _check_student(recipe: Recipe) -> None:
+    """Settings that act on another kind of student than this one, or on nothing."""
+    student = recipe.student
+    if student.kind == "csr":
+        _refuse_set(student, SPLADE_ONLY, 'acts on kind = "splade" only: a csr student has k active dims by construction')
+    else:
+        _refuse_set(student, CSR_ONLY, 'acts on kind = "csr" only')
+    if student.expansion == "both":
+        _refuse_set(student, ("static_weights", "static_frozen"), 'needs expansion = "passage" or "query": no side is static')
+    else:
+        side = "query" if student.expansion == "passage" else "passage"
+        reason = f'has no effect with expansion = "{student.expansion}": a {side} has the terms it is written in'
+        _refuse_set(student, (f"lambda_{side}", f"threshold_{side}"), reason)
+        if student.budget is not None and getattr(student.budget, f"{side}_active_dims") is not None:
+            raise ValueError(f"[student.budget] {side}_active_dims {reason}; remove the key")
+    if student.budget is not None and student.budget.query_active_dims is None and student.budget.passage_active_dims is None:
+        raise ValueError("[student.budget] is empty; set query_active_dims, passage_active_dims or both, or remove the section")
+    if student.lora_rank is None:
+        _refuse_set(student, ("lora_alpha",), "scales adapters, of which there are none: set lora_rank")
+    elif student.freeze_body:
+        raise ValueError(
+            f"[student] lora_rank = {student.lora_rank} beside freeze_body = true: adapters would train what is frozen; remove one"
+        )
+
+
+def _check_rows(recipe: Recipe) -> None:
+    """Rows that cannot be made: no negative to compare with, no triplet in a pair, no vector to learn."""
+    labels, student = recipe.labels, recipe.student
+    if labels.layout == "triplets" and labels.kind in ("similarity", "embedding"):
+        raise ValueError(
+            f'[labels] layout = "triplets" needs rows of a query, a positive and negatives, but kind = "{labels.kind}" '
+            'has none; set layout = "list"'
+        )
+    if labels.num_negatives == 0 and (labels.kind != "none" or labels.layout == "triplets"):
+        where = f'kind = "{labels.kind}"' if labels.kind != "none" else 'layout = "triplets"'
+        raise ValueError(
+            f'[labels] num_negatives = 0 gives pairs, which only kind = "none", layout = "list" takes; {where} needs at least 1'
+        )
+    if labels.kind == "embedding":
+        sparse = [teacher.name for teacher in recipe.teachers if teacher.kind == "sparse"]
+        if len(sparse) != 1:
+            raise ValueError(
+                '[labels] kind = "embedding" teaches the vectors of one teacher of kind "sparse", but the recipe has '
+                f"{len(sparse)}: {sparse}; name exactly one"
+            )
+        if student.expansion != "both":
+            raise ValueError(
+                f'[student] expansion = "{student.expansion}" beside [labels] kind = "embedding": queries and passages stand in '
+                'one column, which takes one route; set expansion = "both"'
+            )
+
+
+def _check_losses(recipe: Recipe) -> None:
+    """Each loss on its own, then the sum."""
+    labels, training = recipe.labels, recipe.training
+    for name in training.losses:
+        if is_custom(name):
+            continue
+        kinds = LOSSES[name]
+        if labels.kind not in kinds:
+            expected = " or ".join(f'"{kind}"' for kind in kinds)
+            readers = _CONTRASTIVE if labels.kind == "none" else _READS_LABELS
+            fitting = [other for other in readers if labels.kind in LOSSES[other]]
+            raise ValueError(
+                f'[training] loss = "{name}" needs [labels] kind = {expected}, not "{labels.kind}": {_REASONS[name]}; '
+                f"or choose loss = {_either(fitting)}"
+            )
+        if name == "SparseTripletLoss" and num_columns(recipe) != 3:
+            raise ValueError(
+                f'[training] loss = "SparseTripletLoss" takes rows of one negative, these have {num_columns(recipe) - 2}; set '
+                '[labels] layout = "triplets" (one row per negative) or num_negatives = 1'
+            )
+        if name == "SparseMSELoss" and len(training.losses) > 1:
+            others = [other for other in training.losses if other != name]
+            raise ValueError(
+                f"[training] loss = SparseMSELoss beside {_either(others)}: it compares whole vectors and stands alone; remove the "
+                "others"
+            )
+        if name in _COMPARES_ROWS and training.batch_size == 1 and (name != _IN_BATCH or num_columns(recipe) == 2):
+            raise ValueError(f'[training] batch_size = 1 gives loss = "{name}" nothing to compare a row with; raise it')
+    if labels.kind != "none" and not any(is_custom(name) or name in _READS_LABELS for name in training.losses):
+        raise ValueError(
+            f'[training] loss = {_either(list(training.losses))} reads no label, so the scores of [labels] kind = "{labels.kind}" '
+            'would be ignored; set kind = "none", or add a loss that reads them: '
+            f"{_either([name for name in _READS_LABELS if labels.kind in LOSSES[name]])}"
+        )
+
+
+def _check_wrapper(recipe: Recipe) -> None:
+    """What stands around the losses."""
+    training, wrapper, names = recipe.training, wrapper_of(recipe), list(recipe.training.losses)
+    if recipe.student.kind == "csr":
+        if "SparseMSELoss" in names or recipe.labels.kind == "embedding":
+            raise ValueError(
+                '[student] kind = "csr" cannot learn [labels] kind = "embedding": its dims are its own, and its autoencoder needs '
+                'the reconstruction that CSRLoss adds; choose kind = "splade"'
+            )
+        if wrapper != "CSRLoss":
+            raise ValueError(
+                f'[training] wrapper = "{wrapper}" on a csr student trains its autoencoder without reconstruction; '
+                'set wrapper = "CSRLoss" or remove the key'
+            )
+    elif wrapper == "CSRLoss":
+        raise ValueError(
+            '[training] wrapper = "CSRLoss" needs [student] kind = "csr": a splade student has no autoencoder to reconstruct with; '
+            'set wrapper = "SpladeLoss" or remove the key'
+        )
+    if recipe.labels.kind == "embedding" and wrapper != "none":
+        what = "SparseMSELoss" if "SparseMSELoss" in names else "a row of one text"
+        raise ValueError(
+            f'[training] wrapper = "{wrapper}" around {what}: the library would pair columns with rows and train every text '
+            'towards another\'s vector; set wrapper = "none"'
+        )
+    if wrapper == "none" and "SparseMSELoss" not in names and (len(names) > 1 or not is_custom(names[0])):
+        raise ValueError(
+            f'[training] wrapper = "none" leaves {_either(names)} without a regularizer, and the library refuses to run it so; '
+            'only SparseMSELoss or one module:Class stands alone: set wrapper = "SpladeLoss" or remove the key'
+        )
+    if wrapper == "CachedSpladeLoss" and training.mini_batch_size is None:
+        raise ValueError('[training] wrapper = "CachedSpladeLoss" needs mini_batch_size, the rows embedded at once; set it')
+    if wrapper != "CachedSpladeLoss" and training.mini_batch_size is not None:
+        raise ValueError(
+            f'[training] mini_batch_size = {training.mini_batch_size} acts in CachedSpladeLoss only, not in "{wrapper}"; remove it'
+            + (' or set wrapper = "CachedSpladeLoss"' if wrapper == "SpladeLoss" else "")
+        )
+
+
+def _check_regularizers(recipe: Recipe) -> None:
+    """Nothing of the regularizers may be asked of a run that has none."""
+    if wrapper_of(recipe) == "none":
+        name = next(iter(recipe.training.losses))
+        _refuse_set(recipe.student, _REGULARIZED, f"has no effect: {name} stands alone, without a regularizer")
+
+
+def _refuse_set(section: BaseModel, keys: Iterable[str], reason: str) -> None:
+    """Raise ValueError for the first of ``keys`` that the recipe sets.
+
+    A section of which every key is set was dumped by a program, not written by hand: there a default counts as not set.
+    """
+    dumped = section.model_fields_set >= set(type(section).model_fields)
+    for key in keys:
+        value = getattr(section, key)
+        if key in section.model_fields_set and not (dumped and value == type(section).model_fields[key].default):
+            shown = "" if isinstance(value, BaseModel) else f" = {value!r}"
+            raise ValueError(f"[student] {key}{shown} {reason}; remove the key")
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(f'"{name}"' for name in names)

@@ -1,0 +1,179 @@
+"""Several processes that train one student with the same script, on CPU: one publishes, killed ones go on, bits stay the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).resolve().parents[2]
+DROPOUT = "student.dropout=0.1"
+POLL_SECONDS = 0.005
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+Content = Callable[[Path, str], dict[str, bytes]]
+
+
+def launch(workplace: Any, *overrides: str) -> subprocess.Popen[str]:
+    """Start two processes of stage 2."""
+    arguments = [argument for override in overrides for argument in ("--set", override)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "src"),
+        "HF_HUB_OFFLINE": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    return subprocess.Popen(
+        [sys.executable, *TORCHRUN, str(ROOT / "pipeline" / "train_student.py"), "recipe.toml", *arguments],
+        cwd=workplace.folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[Path, str, str]:
+    stdout, log = process.communicate(timeout=300)
+    assert process.returncode == 0, log
+    return Path(stdout.splitlines()[-1]), stdout, log
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+
+
+def reach(process: subprocess.Popen[str], cache: Path, step: int) -> None:
+    """Return when a checkpoint of ``step`` or later has begun to be written, or the process has ended."""
+    while process.poll() is None and newest_step(cache) < step:
+        time.sleep(POLL_SECONDS)
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """SIGKILL the launcher and, in the same moment, every process it started."""
+    processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for each in processes:
+        each.kill()
+    psutil.wait_procs(processes[1:], timeout=30)
+    process.communicate()
+
+
+def newest_step(cache: Path) -> int:
+    steps = [int(path.name.rpartition("-")[2]) for path in (cache / "students").glob("*.work/checkpoint-*")]
+    return max(steps, default=0)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(make_workplace: Callable[..., Any]) -> tuple[Any, Path, str, str]:
+    """A student that two processes trained in one go, with dropout."""
+    workplace = make_workplace()
+    return workplace, *finish(launch(workplace, DROPOUT))
+
+
+def test_two_processes_train_one_student_and_publish_it_once(uninterrupted: tuple[Any, Path, str, str]) -> None:
+    workplace, folder, stdout, log = uninterrupted
+
+    assert stdout.splitlines() == [str(folder)]
+    assert log.count("step 30 of 30") == 1
+    assert manifest_of(folder)["counts"]["steps"] == 30
+    assert [path.name for path in (workplace.cache / "students").iterdir() if not path.name.startswith(".")] == [folder.name]
+
+
+def test_the_key_knows_nothing_of_the_number_of_processes_and_a_second_run_is_a_hit(
+    uninterrupted: tuple[Any, Path, str, str],
+) -> None:
+    workplace, folder, _, _ = uninterrupted
+
+    alone = workplace.run("train_student", DROPOUT)
+    again, stdout, log = finish(launch(workplace, DROPOUT))
+
+    assert alone.folder == again == folder
+    assert f"student {folder.name}: hit" in alone.log
+    assert log.count(f"student {folder.name}: hit") == 1
+    assert stdout.splitlines() == [str(folder)]
+
+
+def test_two_processes_learn_what_one_learns(make_workplace: Callable[..., Any], uninterrupted: tuple[Any, Path, str, str]) -> None:
+    plain = "student.dropout=0.0"
+
+    alone = make_workplace().run("train_student", plain).folder
+    together = finish(launch(uninterrupted[0], plain))[0]
+
+    logs = [json.loads((folder / "training.json").read_text(encoding="utf-8")) for folder in (alone, together)]
+    ours, theirs = ([entry for entry in log if "loss" in entry] for log in logs)
+    assert [entry["step"] for entry in ours] == [entry["step"] for entry in theirs] == [1, 10, 20, 30]
+    for name in ("loss", "base_loss", "query_regularizer_loss", "document_regularizer_loss", "passage_active_dims"):
+        assert [entry[name] for entry in theirs] == pytest.approx([entry[name] for entry in ours], rel=1e-3)
+
+
+def test_killed_at_random_steps_two_processes_end_with_the_same_weights(
+    make_workplace: Callable[..., Any], uninterrupted: tuple[Any, Path, str, str], content_of: Content
+) -> None:
+    generator, workplace = random.Random(3), make_workplace()
+    for step in sorted(generator.sample(range(3, 28, 3), 2)):
+        process = launch(workplace, DROPOUT)
+        reach(process, workplace.cache, step)
+        time.sleep(generator.uniform(0, 0.3))
+        kill_all(process)
+
+    folder, _, log = finish(launch(workplace, DROPOUT))
+
+    assert "train: resuming from checkpoint-" in log
+    assert manifest_of(folder)["counts"]["resumed_from_step"] > 0
+    assert content_of(folder, "model.safetensors") == content_of(uninterrupted[1], "model.safetensors")
+
+
+def test_a_process_that_dies_takes_the_others_with_it_and_the_next_run_goes_on(
+    make_workplace: Callable[..., Any], uninterrupted: tuple[Any, Path, str, str], content_of: Content
+) -> None:
+    workplace = make_workplace()
+    process = launch(workplace, DROPOUT)
+    reach(process, workplace.cache, 6)
+    started = psutil.Process(process.pid).children(recursive=True)
+    ranks = [each for each in started if each.environ().get("RANK") == "1"]
+
+    ranks[0].kill()
+    process.communicate(timeout=120)
+
+    assert process.returncode != 0
+    assert not psutil.wait_procs(started, timeout=60)[1]
+    folder = finish(launch(workplace, DROPOUT))[0]
+    assert content_of(folder, "model.safetensors") == content_of(uninterrupted[1], "model.safetensors")
+
+
+def test_sigterm_saves_a_step_of_all_processes_and_the_next_run_goes_on_from_it(
+    make_workplace: Callable[..., Any], uninterrupted: tuple[Any, Path, str, str], content_of: Content
+) -> None:
+    workplace = make_workplace()
+    process = launch(workplace, DROPOUT)
+    reach(process, workplace.cache, 6)
+
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=120)
+
+    stopped = [line for line in log.splitlines() if line.startswith("stopped by SIGTERM after step ")]
+    assert len(stopped) == 1, log
+    assert "go on with: torchrun --nproc-per-node 2 pipeline/train_student.py recipe.toml --set student.dropout=0.1" in log
+    folder = finish(launch(workplace, DROPOUT))[0]
+    assert manifest_of(folder)["counts"]["resumed_from_step"] == int(stopped[0].split()[5])
+    assert content_of(folder, "model.safetensors") == content_of(uninterrupted[1], "model.safetensors")
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(make_workplace: Callable[..., Any]) -> None:
+    process = launch(make_workplace(), "training.batch_size=5")
+
+    _, log = process.communicate(timeout=240)
+
+    assert process.returncode != 0
+    assert "error: [training] batch_size = 5 cannot be divided among 2 processes; set a multiple of 2" in log

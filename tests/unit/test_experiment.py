@@ -1,0 +1,155 @@
+"""Stage 1 of each kind of label, with real tiny teachers: who is asked, what is kept, and what is refused before anyone is paid."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sparsekd.experiment import Experiment, score_table, student
+from sparsekd.labels.score_table import ScoreTable
+from sparsekd.plan import Plan
+from sparsekd.recipe import Recipe
+
+Make = Callable[..., Experiment]
+
+
+@pytest.fixture
+def make_experiment(
+    tmp_path: Path, sample_folder: Path, tiny_splade_folder: Path, tiny_encoder_folder: Path, tiny_masked_lm_folder: Path
+) -> Make:
+    """Return ``make(labels, loss, ...)`` over the sample collection, a sparse teacher and a dense one."""
+
+    def make(labels: dict[str, Any], loss: str = "SparseMarginMSELoss", **sections: Any) -> Experiment:
+        document: dict[str, Any] = {
+            "collection": {"path": str(sample_folder)},
+            "mining": {"miners": [{"kind": "bm25", "quota": 3}]},
+            "teachers": [
+                {"name": "splade", "kind": "sparse", "model": str(tiny_splade_folder)},
+                {"name": "dense", "kind": "dense", "model": str(tiny_encoder_folder)},
+            ],
+            "labels": {"num_negatives": 2, **labels},
+            "student": {"model": str(tiny_masked_lm_folder), "max_length": 32},
+            "training": {"loss": loss},
+            "run": {"cache": str(tmp_path / "cache"), "threads": 1},
+        }
+        return Experiment(Plan(Recipe.model_validate({**document, **sections})))
+
+    return make
+
+
+def files(experiment: Experiment) -> set[str]:
+    """What the bank holds, by kind."""
+    return {path.name for path in (experiment.plan.cache / "bank").glob("*")}
+
+
+def test_rows_without_labels_ask_no_teacher_at_all(make_experiment: Make) -> None:
+    experiment = make_experiment(
+        {"kind": "none", "num_negatives": 0}, "SparseMultipleNegativesRankingLoss", run=run_of(make_experiment, "cuda:99")
+    )
+
+    table = score_table(experiment)
+
+    assert (table.kind, table.num_passages) == ("none", 1)
+    assert [table.counts[name] for name in ("pairs", "pairs_scored", "pairs_reused")] == [0, 0, 0]
+    assert files(experiment) == set()
+
+
+def run_of(make_experiment: Make, device: str) -> dict[str, Any]:
+    """The run section on a device that may not exist: then any encoding is refused."""
+    cache = make_experiment({}).recipe.run.cache
+    return {"cache": cache, "threads": 1, "device": device}
+
+
+def test_a_teacher_that_filters_rows_without_labels_is_the_only_one_asked(make_experiment: Make) -> None:
+    mining = {"miners": [{"kind": "bm25", "quota": 3}], "filter": {"by": "dense", "absolute_margin": 0.0}}
+    experiment = make_experiment({"kind": "none", "num_negatives": 1}, "SparseMultipleNegativesRankingLoss", mining=mining)
+
+    table = score_table(experiment)
+
+    assert table.counts["pairs"] == table.counts["pairs_scored"] > 0
+    assert table.counts["candidates_dropped_filter"] > 0
+    assert files(experiment) == {"scores", "embeddings"}
+
+
+def test_similarities_and_scores_share_the_bank(make_experiment: Make, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="sparsekd")
+    scores = score_table(make_experiment({}))
+
+    table = score_table(make_experiment({"kind": "similarity"}, "SparseCoSENTLoss"))
+
+    assert (table.counts["pairs_scored"], table.counts["pairs_reused"]) == (0, scores.counts["pairs"])
+    low, high = table.contract.label_range or (0.0, 0.0)
+    by_pair = {
+        (query_id, passage_id): score
+        for query_id, passage_ids, row in scores.rows()
+        for passage_id, score in zip(passage_ids, row, strict=True)
+    }
+    assert {(query_id, passage_id) for query_id, [passage_id], _ in table.rows()} == set(by_pair)
+    for query_id, [passage_id], [similarity] in table.rows():
+        assert low + similarity * (high - low) == pytest.approx(by_pair[query_id, passage_id], rel=1e-4, abs=1e-4)
+    assert f"similarity: gold_sim {low:.4f} at 0, {high:.4f} at 1" in caplog.text
+
+
+def test_vectors_of_the_sparse_teacher_label_the_texts_of_the_rows(make_experiment: Make, tiny_splade_folder: Path) -> None:
+    from sentence_transformers import SparseEncoder
+
+    experiment = make_experiment({"kind": "embedding"}, "SparseMSELoss")
+
+    table = score_table(experiment)
+
+    model, texts = SparseEncoder(str(tiny_splade_folder), device="cpu"), table.texts()
+    queries = [experiment.collection.queries[query_id] for query_id in texts["query"]]
+    passages = [experiment.collection.passages[passage_id] for passage_id in texts["passage"]]
+    expected = np.concatenate(
+        [
+            model.encode_query(queries, prompt="", convert_to_sparse_tensor=False).numpy(),
+            model.encode_document(passages, prompt="", convert_to_sparse_tensor=False).numpy(),
+        ]
+    )
+    np.testing.assert_allclose(table.vectors().toarray(), expected, atol=1e-5)
+    assert files(experiment) == {"sparse"}  # no pair was scored
+    rows = score_table(make_experiment({"kind": "none"}, "SparseMultipleNegativesRankingLoss"))
+    assert texts == rows.texts()
+
+
+def test_a_change_of_rows_encodes_only_new_texts(make_experiment: Make) -> None:
+    table = score_table(make_experiment({"kind": "embedding", "num_negatives": 3}, "SparseMSELoss"))
+    unable = run_of(make_experiment, "cuda:99")
+
+    drawn = {"kind": "embedding", "num_negatives": 3, "selection": "random"}  # the same passages in another order
+    again = score_table(make_experiment(drawn, "SparseMSELoss", run=unable))
+
+    assert again.key != table.key
+
+
+def test_a_second_run_of_each_kind_is_a_hit(make_experiment: Make) -> None:
+    kinds = [("embedding", "SparseMSELoss"), ("none", "SparseMultipleNegativesRankingLoss"), ("similarity", "SparseCoSENTLoss")]
+    for kind, loss in kinds:
+        first = score_table(make_experiment({"kind": kind}, loss))
+
+        again = score_table(make_experiment({"kind": kind}, loss, run=run_of(make_experiment, "cuda:99")))
+
+        assert isinstance(again, ScoreTable)
+        assert again.artifact.folder == first.artifact.folder
+
+
+def test_a_student_of_another_vocabulary_is_refused_before_the_teacher_encodes_a_text(
+    make_experiment: Make, tiny_masked_lm_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_masked_lm_folder, tmp_path / "other"))
+    tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    swapped = tokenizer.replace('"cat":', '"@":').replace('"dog":', '"cat":').replace('"@":', '"dog":')
+    assert swapped != tokenizer
+    (folder / "tokenizer.json").write_text(swapped, encoding="utf-8")
+    experiment = make_experiment({"kind": "embedding"}, "SparseMSELoss", student={"model": str(folder), "max_length": 32})
+
+    with pytest.raises(ValueError, match=r"the vocabulary of teacher 'splade' \(\w{12}\) is not the student's"):
+        student(experiment)
+
+    assert files(experiment) == set()
