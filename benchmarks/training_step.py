@@ -46,6 +46,7 @@ class Step:
 
     model: Any
     losses: dict[str, Any]
+    autocast: Any
     columns: dict[str, list[dict[str, Any]]]
     labels: Any
 
@@ -60,7 +61,7 @@ def main() -> None:
     tokens = sum(int(column["attention_mask"].sum()) for column in step.columns["plain"])
     size = f"{options.queries} queries x {options.passages} passages up to {options.tokens} tokens"
     print(f"{size}, {tokens} in all, on {options.device}")
-    figures: dict[str, Any] = {"bench": "training_step", "device": options.device, "tokens": tokens}
+    figures: dict[str, Any] = {"bench": "training_step", "device": options.device, "autocast": options.autocast, "tokens": tokens}
     figures |= compare(step, options.pairs)
     memory = {path: measured_alone(path) for path in PATHS}
     figures |= {f"ratio_memory{name}": memory[path] / memory["fast"] for path, name in AGAINST.items()} | {"memory_mb": memory}
@@ -78,6 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="every passage is --tokens long")
     parser.add_argument("--pairs", type=int, default=3, help="times each path is measured, in turn")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--autocast", choices=["bfloat16", "float16"], help="precision of the forward passes (default: float32)")
     parser.add_argument("--model", help="starting weights, as in a recipe's [student] model (default: the quickstart's)")
     parser.add_argument("--active-dims", type=int, help="active dims per passage (default: the quickstart's initial_active_dims)")
     parser.add_argument("--threads", type=int, help="compute threads (default: torch's; 1 gives steadier ratios beside other work)")
@@ -157,7 +159,8 @@ def prepare(options: argparse.Namespace) -> Step:
         "cached": CachedSpladeLoss(model, SparseMarginMSELoss(model), **weights, mini_batch_size=MINI_BATCH),
         "fast": build_loss(model, recipe).to(options.device),
     }
-    return Step(model, losses, features, labels)
+    autocast = getattr(torch, options.autocast) if options.autocast else None
+    return Step(model, losses, autocast, features, labels)
 
 
 @contextlib.contextmanager
@@ -171,10 +174,14 @@ def forward(model: Any, path: str) -> Iterator[None]:
 
 def run(step: Step, path: str) -> float:
     """Take one step without an update; return its seconds."""
+    import torch
+
     step.model.zero_grad(set_to_none=True)
     synchronize(step)
     started = time.perf_counter()
-    sum(step.losses[path]([dict(column) for column in step.columns[path]], step.labels).values()).backward()
+    with torch.autocast(step.model.device.type, step.autocast, enabled=step.autocast is not None):
+        # The backward pass too: CachedSpladeLoss repeats its forward passes in it.
+        sum(step.losses[path]([dict(column) for column in step.columns[path]], step.labels).values()).backward()
     synchronize(step)
     return time.perf_counter() - started
 

@@ -240,9 +240,19 @@ def test_16_no_student_is_chosen_by_a_loss_that_holds_a_moving_lambda(
     make_recipe: Make, make_table: Make, collection: Collection, student_of: Make, tmp_path: Path
 ) -> None:
     recipe = make_recipe(dev_steps=2)
-    rows = training_rows(make_table(recipe), collection)
+    table = make_table(recipe)
 
-    arguments = build_trainer(recipe, student_of(recipe), rows, num_passages=3, work_folder=tmp_path / "work", key="key").args
+    arguments = build_trainer(
+        recipe,
+        student_of(recipe),
+        training_rows(table, collection),
+        num_passages=3,
+        work_folder=tmp_path / "work",
+        key="key",
+        table=table,
+        collection=collection,
+        first_stage=lambda queries, depth: [list(collection.passages)[:depth] for _ in queries],
+    ).args
 
     assert arguments.eval_strategy == "no"
     assert not arguments.load_best_model_at_end
