@@ -101,7 +101,7 @@ def test_the_student_learned_and_became_sparser(dense: Made) -> None:
 def test_the_card_says_what_made_the_student(dense: Made) -> None:
     card = (dense.student.folder / "README.md").read_text(encoding="utf-8")
 
-    for said in ("`tiny`: dense", "Collection `sample`, 15 rows", dense.table.folder.name, "30 steps of 4 rows", "SpladeLoss("):
+    for said in ("`tiny`: dense", "Collection `sample`, 15 rows", dense.table.folder.name, "30 steps of 4 rows", "in SpladeLoss:"):
         assert said in card
     assert "python pipeline/evaluate.py recipe.toml" in card
     assert str(dense.workplace.folder) not in card
