@@ -85,7 +85,8 @@ Regularizers, over all rows of a step:
 
 {regularizers or "- none"}
 
-{trained.num_steps} steps of {training.batch_size} rows, learning rate {training.learning_rate:g}, precision {training.precision}, seed {training.seed}.
+{trained.num_steps} steps of {training.batch_size} rows, learning rate {training.learning_rate:g},
+precision {training.precision}, seed {training.seed}.
 Started from `{_shown(student.model)}`{f", first {student.num_layers} layers" if student.num_layers else ""}.
 In the last logged batch: loss {last.get("loss", float("nan")):.4g}, query active dims {last.get("query_active_dims", 0):.0f},
 passage active dims {last.get("passage_active_dims", 0):.0f}.
