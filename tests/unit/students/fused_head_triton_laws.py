@@ -1,7 +1,7 @@
 """Laws of the Triton kernels, under triton's interpreter: test_fused_head_triton.py runs this file in a process of its own.
 
-Products of bfloat16 are not among them: the interpreter (3.9) multiplies their bits as whole numbers. Tiles are small here, so that
-small tensors have many.
+The interpreter has no bfloat16: it multiplies the bits as whole numbers (triton-lang/triton#11584). Operands of its products are
+widened first, so what is tested of bfloat16 is all around the products. Tiles are small here, so that small tensors have many.
 """
 
 from __future__ import annotations
@@ -12,12 +12,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sentence_transformers.sparse_encoder.modules import SpladePooling
 
 from sparsekd.students import fused_head, head_triton
+from sparsekd.students.fast import _pool
 from sparsekd.students.fused_head import splade_max
 
 Head = Callable[..., torch.Tensor]
 SMALL = {"TOKENS": 16, "TERMS": 16, "WIDTH": 16, "num_warps": 4, "num_stages": 1}
+# Of the largest gradient: sums are float32, but upstream gradients, weights and results are rounded to the dtype, once each.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+LENGTHS = st.lists(st.integers(0, 20), min_size=1, max_size=3)
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +30,21 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Send tensors of a CPU to the kernels, float64 excepted, as a card does; in small tiles."""
     monkeypatch.setattr(fused_head, "_has_kernels", lambda tensor: tensor.dtype != torch.float64)
     monkeypatch.setattr(head_triton, "maximum_tiles", lambda longest, dtype: SMALL)
+
+
+@pytest.fixture(autouse=True)
+def products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the interpreter multiply the values of bfloat16."""
+    import triton.language as tl  # here: --doctest-modules imports this file where there may be none
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    multiply = InterpreterBuilder.create_dot
+
+    def of_values(builder, a, b, *others):  # type: ignore[no-untyped-def]
+        operands = [builder.cast_impl(each, tl.float32) if each.dtype.scalar == tl.bfloat16 else each for each in (a, b)]
+        return multiply(builder, *operands, *others)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", of_values)
 
 
 def plain_max(hidden: torch.Tensor, embeddings: torch.Tensor, bias: torch.Tensor | None, lengths: Sequence[int]) -> torch.Tensor:
@@ -49,6 +69,18 @@ def draw(lengths: Sequence[int], width: int, vocabulary: int, seed: int = 0) -> 
     return [(torch.randn(shape, generator=generator) * 4).round().clamp(-8, 8) / 4 for shape in shapes]
 
 
+def draw_whole(lengths: Sequence[int], width: int, vocabulary: int, seed: int = 0) -> list[torch.Tensor]:
+    """Whole numbers up to 2: sums of up to 60 products are exact in halves too, and most tokens tie."""
+    return [(tensor * 4).clamp(-2, 2) for tensor in draw(lengths, width, vocabulary, seed)]
+
+
+def lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """Return the same values at other places in memory."""
+    if layout == "gaps":
+        return torch.stack([tensor, tensor], dim=-1)[..., 0]
+    return tensor.mT.contiguous().mT if layout == "transposed" and tensor.dim() == 2 else tensor
+
+
 def assert_equal_heads(inputs: Sequence[torch.Tensor | None], lengths: Sequence[int]) -> None:
     fused, plain = (vectors_and_gradients(head, inputs, lengths) for head in (splade_max, plain_max))
     assert torch.equal(fused[0], plain[0])
@@ -56,8 +88,14 @@ def assert_equal_heads(inputs: Sequence[torch.Tensor | None], lengths: Sequence[
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def assert_near(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        largest = max([1.0, *theirs.abs().flatten().tolist()])
+        torch.testing.assert_close(ours.float(), theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * largest)
+
+
 @given(
-    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=3),
+    lengths=LENGTHS,
     width=st.integers(1, 40),
     vocabulary=st.integers(1, 20),
     has_bias=st.booleans(),
@@ -70,6 +108,80 @@ def test_vectors_are_bit_equal_and_gradients_within_1e_5(
     hidden, embeddings, bias = draw(lengths, width, vocabulary, seed)
 
     assert_equal_heads((hidden, embeddings, bias if has_bias else None), lengths)
+
+
+@given(
+    lengths=LENGTHS,
+    width=st.integers(1, 40),
+    vocabulary=st.integers(1, 20),
+    has_bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    layouts=st.tuples(*[st.sampled_from(["contiguous", "gaps", "transposed"])] * 3),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_dtype_and_layout_equals_autograd_where_tokens_tie(
+    lengths: list[int], width: int, vocabulary: int, has_bias: bool, dtype: torch.dtype, layouts: tuple[str, ...], seed: int
+) -> None:
+    hidden, embeddings, bias = draw_whole(lengths, width, vocabulary, seed)
+    exact = (hidden, embeddings, bias if has_bias else None)
+    inputs = [None if each is None else lay_out(each.to(dtype), layout) for each, layout in zip(exact, layouts, strict=True)]
+
+    found = vectors_and_gradients(splade_max, inputs, lengths)
+    expected = vectors_and_gradients(plain_max, exact, lengths)
+
+    assert {tensor.dtype for tensor in found} == {dtype}
+    assert torch.equal(found[0], expected[0].to(dtype))
+    assert_near(found[1:], expected[1:], dtype)
+
+
+@given(
+    lengths=LENGTHS,
+    width=st.integers(1, 40),
+    vocabulary=st.integers(1, 20),
+    has_bias=st.booleans(),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_autocast_rounds_operands_and_where_no_bias_says_otherwise_vectors(
+    lengths: list[int], width: int, vocabulary: int, has_bias: bool, dtype: torch.dtype, seed: int
+) -> None:
+    hidden, embeddings, bias = draw_whole(lengths, width, vocabulary, seed)
+    inputs = (hidden, embeddings, bias / 3 if has_bias else None)  # thirds, which no half holds
+
+    with torch.autocast("cpu", dtype):
+        found = vectors_and_gradients(splade_max, inputs, lengths)
+    expected = vectors_and_gradients(plain_max, inputs, lengths)
+
+    rounded = torch.float32 if has_bias else dtype
+    assert [tensor.dtype for tensor in found] == [rounded] + [torch.float32] * (len(found) - 1)
+    assert_near(found, expected, rounded)
+
+
+@given(
+    mask=st.integers(1, 20).flatmap(
+        lambda length: st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=1, max_size=3)
+    ),
+    has_bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_mask_has_the_vectors_and_gradients_of_the_librarys_pooling(mask: list[list[bool]], has_bias: bool, seed: int) -> None:
+    mask_BL = torch.tensor(mask)
+    hidden_TD, *weights = draw([mask_BL.numel()], 6, 20, seed)
+    decoder = torch.nn.Linear(6, 20, bias=has_bias)
+    for parameter, values in zip(decoder.parameters(), weights, strict=False):
+        parameter.data = values
+    hidden_BLD = hidden_TD.view(*mask_BL.shape, 6).requires_grad_()
+
+    plain = SpladePooling().train()({"token_embeddings": decoder(hidden_BLD), "attention_mask": mask_BL})["sentence_embedding"]
+    fused = _pool(decoder)({"token_embeddings": hidden_BLD, "attention_mask": mask_BL})["sentence_embedding"]
+
+    assert torch.equal(fused, plain)
+    upstream, leaves = torch.linspace(-1.0, 2.0, plain.numel()).view_as(plain), [hidden_BLD, *decoder.parameters()]
+    for ours, theirs in zip(*(torch.autograd.grad(each, leaves, upstream) for each in (fused, plain)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", [[40, 1, 0, 17], [], [0, 0], [1]])

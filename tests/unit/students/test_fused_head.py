@@ -11,14 +11,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from sentence_transformers.sparse_encoder.modules import SpladePooling
 
 from sparsekd.recipe import Student
 from sparsekd.students import fused_head as fused_head_module
 from sparsekd.students.building import build_student
-from sparsekd.students.fast import decoder_of, fused_head
+from sparsekd.students.fast import _pool, decoder_of, fused_head
 from sparsekd.students.fused_head import splade_max
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+# Of the largest gradient: upstream gradients, weights and sums are rounded to the dtype.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def plain_max(hidden: torch.Tensor, embeddings: torch.Tensor, bias: torch.Tensor | None, lengths: Sequence[int]) -> torch.Tensor:
@@ -42,6 +45,25 @@ def draw(lengths: Sequence[int], width: int, vocabulary: int, seed: int = 0) -> 
     shapes = ((sum(lengths), width), (vocabulary, width), (vocabulary,))
     hidden, embeddings, bias = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     return hidden, embeddings, bias
+
+
+def draw_whole(lengths: Sequence[int], width: int, vocabulary: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Whole numbers up to 2: sums of up to 60 products are exact in halves too, and most tokens tie."""
+    hidden, embeddings, bias = ((tensor * 4).round().clamp(-2, 2) for tensor in draw(lengths, width, vocabulary, seed))
+    return hidden, embeddings, bias
+
+
+def lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """Return the same values at other places in memory."""
+    if layout == "gaps":
+        return torch.stack([tensor, tensor], dim=-1)[..., 0]
+    return tensor.mT.contiguous().mT if layout == "transposed" and tensor.dim() == 2 else tensor
+
+
+def assert_near(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        largest = max([1.0, *theirs.abs().flatten().tolist()])
+        torch.testing.assert_close(ours.to(theirs.dtype), theirs, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * largest)
 
 
 def assert_equal_heads(inputs: Inputs, lengths: Sequence[int], tolerance: float = 1e-12) -> None:
@@ -109,6 +131,92 @@ def test_float32_vectors_are_bit_equal_and_gradients_within_1e_5_where_products_
     assert torch.equal(fused[0], plain[0])
     for ours, theirs in zip(fused[1:], plain[1:], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    width=st.integers(1, 7),
+    vocabulary=st.integers(1, 11),
+    has_bias=st.booleans(),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    layouts=st.tuples(*[st.sampled_from(["contiguous", "gaps", "transposed"])] * 3),
+    seed=st.integers(0, 2**31),
+)
+@lawful
+def test_every_dtype_and_layout_equals_autograd_where_tokens_tie(
+    path: str,
+    lengths: list[int],
+    width: int,
+    vocabulary: int,
+    has_bias: bool,
+    dtype: torch.dtype,
+    layouts: tuple[str, ...],
+    seed: int,
+) -> None:
+    wide = torch.promote_types(dtype, torch.float32)
+    hidden, embeddings, bias = (tensor.to(wide) for tensor in draw_whole(lengths, width, vocabulary, seed))
+    exact = (hidden, embeddings, bias if has_bias else None)
+    inputs = [None if each is None else lay_out(each.to(dtype), layout) for each, layout in zip(exact, layouts, strict=True)]
+
+    found = vectors_and_gradients(splade_max, inputs, lengths)
+    expected = vectors_and_gradients(plain_max, exact, lengths)
+
+    assert {tensor.dtype for tensor in found} == {dtype}
+    assert torch.equal(found[0], expected[0].to(dtype))
+    assert_near(found[1:], expected[1:], dtype)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    width=st.integers(1, 7),
+    vocabulary=st.integers(1, 11),
+    has_bias=st.booleans(),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 2**31),
+)
+@lawful
+def test_autocast_rounds_operands_and_where_no_bias_says_otherwise_vectors(
+    path: str, lengths: list[int], width: int, vocabulary: int, has_bias: bool, dtype: torch.dtype, seed: int
+) -> None:
+    hidden, embeddings, bias = (tensor.float() for tensor in draw_whole(lengths, width, vocabulary, seed))
+    inputs = (hidden, embeddings, bias / 3 if has_bias else None)  # thirds, which no half holds
+
+    with torch.autocast("cpu", dtype):
+        found = vectors_and_gradients(splade_max, inputs, lengths)
+    expected = vectors_and_gradients(plain_max, inputs, lengths)
+
+    rounded = torch.float32 if has_bias else dtype
+    assert [tensor.dtype for tensor in found] == [rounded] + [torch.float32] * (len(found) - 1)
+    assert_near(found, expected, rounded)
+
+
+@given(
+    mask=st.integers(1, 9).flatmap(
+        lambda length: st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=1, max_size=5)
+    ),
+    width=st.integers(1, 7),
+    vocabulary=st.integers(1, 11),
+    has_bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@lawful
+def test_any_mask_has_the_vectors_and_gradients_of_the_librarys_pooling(
+    path: str, mask: list[list[bool]], width: int, vocabulary: int, has_bias: bool, seed: int
+) -> None:
+    mask_BL = torch.tensor(mask)
+    hidden_TD, *weights = draw([mask_BL.numel()], width, vocabulary, seed)
+    decoder = torch.nn.Linear(width, vocabulary, bias=has_bias)
+    for parameter, values in zip(decoder.parameters(), weights, strict=False):
+        parameter.data = values
+    hidden_BLD = hidden_TD.view(*mask_BL.shape, width).requires_grad_()
+
+    plain = SpladePooling().train()({"token_embeddings": decoder(hidden_BLD), "attention_mask": mask_BL})["sentence_embedding"]
+    fused = _pool(decoder)({"token_embeddings": hidden_BLD, "attention_mask": mask_BL})["sentence_embedding"]
+
+    upstream = torch.linspace(-1.0, 2.0, plain.numel(), dtype=torch.float64).view_as(plain)
+    leaves = [hidden_BLD, *decoder.parameters()]
+    found, expected = (torch.autograd.grad(vectors, leaves, upstream) for vectors in (fused, plain))
+    assert_near([fused, *found], [plain, *expected], torch.float64)
 
 
 @given(
