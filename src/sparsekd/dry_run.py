@@ -9,7 +9,6 @@ import numpy as np
 
 from sparsekd.artifact import key_of, nearest
 from sparsekd.bank.scores import ScoreBank
-from sparsekd.collection.beir import read_collection
 from sparsekd.labels.banked import BankedScores
 from sparsekd.labels.building import scored_teachers
 from sparsekd.labels.rows import filter_pairs
@@ -53,10 +52,7 @@ def _why(plan: Plan, kind: str, fields: Mapping[str, Any]) -> list[str]:
 
 def _pairs(plan: Plan) -> list[str]:
     """Count pairs wanted and banked: exactly where the candidates are there, else by the quotas."""
-    section = plan.recipe.collection
-    collection = read_collection(
-        plan.collection_folder, max_passages=section.max_passages, max_train_queries=section.max_train_queries
-    )
+    collection = plan.collection
     bank = ScoreBank(plan.cache / "bank")
     scores = {name: bank.open(plan.teacher_identities[name]) for name in scored_teachers(plan.recipe)}
     lines = []

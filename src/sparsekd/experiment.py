@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +23,7 @@ from sparsekd.artifact import Artifact, key_of, publish, read_manifest, write_js
 from sparsekd.bank.embeddings import EmbeddingBank
 from sparsekd.bank.manifest import locked
 from sparsekd.bank.scores import ScoreBank, TeacherScores
-from sparsekd.collection.beir import Collection, read_collection
+from sparsekd.collection.beir import Collection
 from sparsekd.labels.banked import BankedScores
 from sparsekd.labels.building import build_table, scored_teachers
 from sparsekd.labels.calibration import softmax_entropy
@@ -33,7 +33,7 @@ from sparsekd.labels.vectors import vector_teacher, vocabulary_digest
 from sparsekd.mining.candidates import Candidates
 from sparsekd.plan import Plan
 from sparsekd.provenance import provenance
-from sparsekd.recipe import DenseMiner, Recipe, Teacher
+from sparsekd.recipe import BM25Teacher, DenseMiner, Recipe, Teacher
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -41,12 +41,13 @@ if TYPE_CHECKING:
 
     from sparsekd.teachers.dense import DenseEncoder
     from sparsekd.teachers.protocols import Similarity
+    from sparsekd.teachers.scoring import PairTexts, ScoringCounts
 
 logger = logging.getLogger(__name__)
 
 
 class Experiment:
-    """A plan and what carrying it out needs: the collection, read once, and the banks."""
+    """A plan and what carrying it out needs: its collection and the banks."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -55,21 +56,24 @@ class Experiment:
         self.score_bank = ScoreBank(root)
         self.embedding_bank = EmbeddingBank(root)
 
-    @cached_property
+    @property
     def collection(self) -> Collection:
         """The passages, queries and qrels the recipe asks for."""
-        section = self.recipe.collection
-        return read_collection(
-            self.plan.collection_folder, max_passages=section.max_passages, max_train_queries=section.max_train_queries
-        )
+        return self.plan.collection
 
-    def teacher(self, name: str) -> Teacher:
+    def teacher(self, name: str) -> Teacher | BM25Teacher:
         """Return the recipe's teacher of that name."""
         return next(teacher for teacher in self.recipe.teachers if teacher.name == name)
 
-    def scores_of(self, teacher: Teacher) -> TeacherScores:
+    def vector_teacher(self) -> Teacher:
+        """Return the one sparse teacher whose vectors label, for labels of kind embedding."""
+        teacher = self.teacher(vector_teacher(self.recipe))
+        assert isinstance(teacher, Teacher), teacher.kind
+        return teacher
+
+    def scores_of(self, teacher: Teacher | BM25Teacher) -> TeacherScores:
         """Return the banked scores of a teacher."""
-        return self.score_bank.open(self.plan.teacher_identities[teacher.name], reference=teacher.model)
+        return self.score_bank.open(self.plan.teacher_identities[teacher.name], reference=teacher.reference)
 
     def provenance(self) -> dict[str, Any]:
         """Return what every manifest says about its making."""
@@ -152,7 +156,7 @@ class _TeacherVectors:
         from sparsekd.teachers.sparse import SparseTeacher, teacher_vocabulary
 
         self._experiment = experiment
-        spec = experiment.teacher(vector_teacher(experiment.recipe))
+        spec = experiment.vector_teacher()
         self._teacher = SparseTeacher(spec, experiment.recipe.run)
         self.vocabulary: Mapping[str, int] | None = teacher_vocabulary(spec)
 
@@ -166,12 +170,12 @@ class _TeacherVectors:
         return banked_sparse_vectors(self._teacher, self._experiment.embedding_bank.sparse, texts, role, shard_texts)
 
 
-def _score_pairs(experiment: Experiment, mined: Candidates, teachers: Sequence[Teacher]) -> dict[str, int]:
+def _score_pairs(experiment: Experiment, mined: Candidates, teachers: Sequence[Teacher | BM25Teacher]) -> dict[str, int]:
     """Bank these teachers' scores of every (query, positive or candidate); return pairs, scored and reused over all of them."""
     total = {"pairs": 0, "pairs_scored": 0, "pairs_reused": 0}
     if not teachers:
         return total
-    from sparsekd.teachers.scoring import PairTexts, bank_scores
+    from sparsekd.teachers.scoring import PairTexts
 
     query_ids, passage_ids = filter_pairs(mined)
     queries, passages = list(dict.fromkeys(query_ids)), list(dict.fromkeys(passage_ids))
@@ -182,9 +186,22 @@ def _score_pairs(experiment: Experiment, mined: Candidates, teachers: Sequence[T
         _positions(passage_ids, passages),
     )
     for teacher in teachers:
-        counts = bank_scores(teacher, experiment.recipe.run, experiment.scores_of(teacher), experiment.embedding_bank, texts)
+        counts = _bank(experiment, teacher, texts)
         total = {name: value + getattr(counts, name) for name, value in total.items()}
     return total
+
+
+def _bank(experiment: Experiment, teacher: Teacher | BM25Teacher, texts: PairTexts) -> ScoringCounts:
+    """Bank one teacher's scores of these pairs."""
+    from sparsekd.teachers.scoring import bank_scorer, bank_scores
+
+    run, scores = experiment.recipe.run, experiment.scores_of(teacher)
+    if not isinstance(teacher, BM25Teacher):
+        return bank_scores(teacher, run, scores, experiment.embedding_bank, texts)
+    from sparsekd.teachers.bm25 import BM25Scorer
+
+    scorer = BM25Scorer(teacher, experiment.collection.passages)
+    return bank_scorer(scorer, teacher.name, run, scores, texts, by_query=True)
 
 
 def _positions(ids: Sequence[str], unique: Sequence[str]) -> NDArray[np.int32]:
@@ -248,7 +265,7 @@ def _check_vocabulary(experiment: Experiment, model: SparseEncoder) -> None:
     from sparsekd.teachers.sparse import teacher_vocabulary
     from sparsekd.training.rows import check_vocabulary
 
-    teacher = experiment.teacher(vector_teacher(experiment.recipe))
+    teacher = experiment.vector_teacher()
     vocabulary = teacher_vocabulary(teacher)
     if vocabulary is not None:
         check_vocabulary(vocabulary_digest(vocabulary), model, f"teacher {teacher.name!r}")

@@ -1,7 +1,7 @@
 """What a recipe will make, said before anything is loaded: each artifact's key, hit or miss, why, and what it costs.
 
 Keys chain: candidates -> score table -> student -> evaluation. Nothing here imports torch; the cost is hashing the collection's
-files and the models' weights, about a second a gigabyte.
+files and the models' weights, about a second a gigabyte; a bm25 teacher's key is made of passages, so its recipe reads them first.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd.artifact import Artifact, find, key_of
-from sparsekd.collection.beir import collection_digest
+from sparsekd.collection.beir import Collection, collection_digest, read_collection
 from sparsekd.labels.building import table_fields
 from sparsekd.mining.candidates import COLLECTION_FILES, candidates_fields
-from sparsekd.recipe import DenseMiner, Recipe
+from sparsekd.recipe import BM25Teacher, DenseMiner, Recipe, Teacher
 from sparsekd.students.identity import needs_passages, student_fields, training_fields
-from sparsekd.teachers.identity import encoder_identity, teacher_identity
+from sparsekd.teachers.identity import bm25_identity, encoder_identity, teacher_identity
 
 EVALUATION_VERSION = 1
 """Raised when the same fields would give other rankings or figures."""
@@ -42,9 +42,22 @@ class Plan:
         return Path(self.recipe.collection.path)
 
     @cached_property
+    def collection(self) -> Collection:
+        """The passages, queries and qrels the recipe asks for, read when first asked for."""
+        section = self.recipe.collection
+        return read_collection(
+            self.collection_folder, max_passages=section.max_passages, max_train_queries=section.max_train_queries
+        )
+
+    @cached_property
     def teacher_identities(self) -> dict[str, dict[str, Any]]:
         """Identity by teacher name."""
-        return {teacher.name: teacher_identity(teacher) for teacher in self.recipe.teachers}
+        return {teacher.name: self._teacher_identity(teacher) for teacher in self.recipe.teachers}
+
+    def _teacher_identity(self, teacher: Teacher | BM25Teacher) -> dict[str, Any]:
+        if isinstance(teacher, BM25Teacher):
+            return bm25_identity(teacher, self.collection.passages.values())
+        return teacher_identity(teacher)
 
     @cached_property
     def candidates_fields(self) -> dict[str, Any]:
@@ -95,6 +108,9 @@ class Plan:
         bm25 = {"k1": evaluation.k1, "b": evaluation.b}
         systems: dict[str, dict[str, Any]] = {"bm25": {"system": "bm25", **bm25}}
         for teacher in self.recipe.teachers:
+            if isinstance(teacher, BM25Teacher):  # the baseline's own key where k1 and b are the same: ranked once
+                systems[f"teacher:{teacher.name}"] = {"system": "bm25", "k1": teacher.k1, "b": teacher.b}
+                continue
             system: dict[str, Any] = {"system": teacher.kind, "identity": self.teacher_identities[teacher.name]}
             if teacher.kind == "cross-encoder":
                 system |= {**bm25, "rerank_depth": evaluation.rerank_depth}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +107,24 @@ def test_the_card_says_what_made_the_student(dense: Made) -> None:
     assert "python pipeline/evaluate.py recipe.toml" in card
     assert str(dense.workplace.folder) not in card
     assert not list(dense.workplace.cache.rglob("*.work"))
+
+
+@pytest.mark.slow
+def test_bm25_teaches_beside_a_model_and_is_ranked_once(make_workplace: Callable[..., Any]) -> None:
+    workplace = make_workplace("dense")
+    with (workplace.folder / "recipe.toml").open("a", encoding="utf-8") as stream:
+        stream.write('[[teachers]]\nname = "lexical"\nkind = "bm25"\n')
+
+    evaluation = workplace.run("evaluate", "labels.calibration.kind=zscore")
+    table = workplace.run("teacher_scores", "labels.calibration.kind=minmax", "labels.weights={tiny = 1, lexical = 2}")
+    student = workplace.run("train_student", "labels.calibration.kind=zscore")
+
+    systems = read_json(evaluation.folder / "metrics.json")["systems"]
+    assert list(systems) == ["bm25", "student", "student:untrained", "teacher:lexical", "teacher:tiny"]
+    assert systems["teacher:lexical"] == systems["bm25"]
+    assert re.search(r"evaluation of teacher:lexical \w{16}: hit", evaluation.log)
+    assert (table.manifest["counts"]["pairs_scored"], table.manifest["counts"]["pairs_reused"]) == (0, 188)
+    assert "- `lexical`: bm25, `k1=0.9 b=0.4`" in (student.folder / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_second_run_is_a_hit_and_fast(dense: Made) -> None:

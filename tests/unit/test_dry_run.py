@@ -136,6 +136,15 @@ def test_pairs_are_estimated_from_the_quotas_before_candidates_are_mined(plan_of
     assert "to score at most 71, disk about 0.0 MB" in text
 
 
+def test_a_bm25_teachers_pairs_are_told_like_any_others(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
+    with (tmp_path / "recipe.toml").open("a", encoding="utf-8") as stream:
+        stream.write('[[teachers]]\nname = "lexical"\nkind = "bm25"\n')
+
+    text = describe_plan(plan_of(), ["candidates", "tables"])
+
+    assert "teacher lexical: pairs wanted 71, already banked unknown until mined (0 in the teacher's bank)" in text
+
+
 def test_pairs_wanted_and_banked_are_exact_once_candidates_are_mined(plan_of: Callable[..., Plan]) -> None:
     plan = plan_of()
     query_ids, passage_ids = filter_pairs(candidates(Experiment(plan)))

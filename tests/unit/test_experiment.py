@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import Stemmer
 
-from sparsekd.experiment import Experiment, score_table, student
+from sparsekd.experiment import Experiment, candidates, score_table, student
+from sparsekd.labels.banked import BankedScores
+from sparsekd.labels.rows import filter_pairs
 from sparsekd.labels.score_table import ScoreTable
 from sparsekd.plan import Plan
 from sparsekd.recipe import Recipe
@@ -116,6 +122,100 @@ def test_vectors_of_the_sparse_teacher_label_the_texts_of_the_rows(make_experime
     assert files(experiment) == {"sparse"}  # no pair was scored
     rows = score_table(make_experiment({"kind": "none"}, "SparseMultipleNegativesRankingLoss"))
     assert texts == rows.texts()
+
+
+LEXICAL = {"name": "lexical", "kind": "bm25", "k1": 1.2, "b": 0.75}
+
+
+def with_bm25(make_experiment: Make, tiny_encoder_folder: Path, labels: dict[str, Any], **sections: Any) -> Experiment:
+    """An experiment taught by a dense teacher and BM25."""
+    teachers = [{"name": "dense", "kind": "dense", "model": str(tiny_encoder_folder)}, LEXICAL]
+    return make_experiment(labels, teachers=teachers, **sections)
+
+
+def lucene_bm25(passages: dict[str, str], query: str, passage_id: str, k1: float, b: float) -> float:
+    """BM25 of one pair by its formula, in Python floats."""
+    stem = Stemmer.Stemmer("porter").stemWord
+    bags = {key: Counter(stem(word) for word in re.findall(r"\b\w\w+\b", text.lower())) for key, text in passages.items()}
+    bag, mean_length = bags[passage_id], sum(each.total() for each in bags.values()) / len(bags)
+    score = 0.0
+    for term in (stem(word) for word in re.findall(r"\b\w\w+\b", query.lower())):
+        df = sum(term in each for each in bags.values())
+        if bag[term]:
+            idf = math.log(1 + (len(bags) - df + 0.5) / (df + 0.5))
+            score += idf * bag[term] / (bag[term] + k1 * (1 - b + b * bag.total() / mean_length))
+    return score
+
+
+def zscores(scores_RN: np.ndarray) -> np.ndarray:
+    return (scores_RN - scores_RN.mean()) / scores_RN.std()
+
+
+def test_bm25_and_a_dense_teacher_label_together(make_experiment: Make, tiny_encoder_folder: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    weights = {"dense": 1.0, "lexical": 3.0}
+    experiment = with_bm25(make_experiment, tiny_encoder_folder, {"calibration": {"kind": "zscore"}, "weights": weights})
+
+    table = score_table(experiment)
+
+    passages, queries = experiment.collection.passages, experiment.collection.queries
+    rows = list(table.rows())
+    lexical_RN = np.array([[lucene_bm25(passages, queries[q], p, 1.2, 0.75) for p in row_ids] for q, row_ids, _ in rows])
+    model = SentenceTransformer(str(tiny_encoder_folder), device="cpu")
+    vectors = [model.encode([queries[q], *(passages[p] for p in row_ids)], show_progress_bar=False) for q, row_ids, _ in rows]
+    dense_RN = np.array([vectors_N[1:] @ vectors_N[0] for vectors_N in vectors], dtype=np.float64)
+    expected_RN = 0.25 * zscores(dense_RN) + 0.75 * zscores(lexical_RN)
+    np.testing.assert_allclose(np.array([gold_sim for _, _, gold_sim in rows]), expected_RN, rtol=1e-4, atol=1e-4)
+
+
+def test_bm25s_raw_scores_are_banked_exactly_0_where_no_term_is_shared(
+    make_experiment: Make, tiny_encoder_folder: Path
+) -> None:
+    miners = [{"kind": "bm25", "quota": 2}, {"kind": "dense", "model": str(tiny_encoder_folder), "quota": 3}]
+    experiment = with_bm25(make_experiment, tiny_encoder_folder, {}, mining={"miners": miners})
+
+    score_table(experiment)
+
+    query_ids, passage_ids = filter_pairs(candidates(experiment))
+    scores = {"lexical": experiment.scores_of(experiment.teacher("lexical"))}
+    gold_sim = BankedScores(experiment.collection, scores)("lexical", query_ids, passage_ids)
+    passages, queries = experiment.collection.passages, experiment.collection.queries
+    pairs = zip(query_ids, passage_ids, strict=True)
+    expected = np.array([lucene_bm25(passages, queries[q], p, 1.2, 0.75) for q, p in pairs])
+    assert (expected == 0).any()
+    assert ((gold_sim == 0) == (expected == 0)).all()
+    np.testing.assert_allclose(gold_sim, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"calibration": {"kind": "minmax", "scale": 30.0}},
+        {"weights": {"dense": 1.0, "lexical": 0.5}},
+        {"calibration": {"kind": "affine", "mean": 2.0}, "weights": {"dense": 0.0, "lexical": 1.0}},
+    ],
+)
+def test_another_view_of_bm25_and_a_dense_teacher_asks_neither(
+    make_experiment: Make, tiny_encoder_folder: Path, labels: dict[str, Any]
+) -> None:
+    first = score_table(with_bm25(make_experiment, tiny_encoder_folder, {}))
+
+    again = score_table(with_bm25(make_experiment, tiny_encoder_folder, labels, run=run_of(make_experiment, "cuda:99")))
+
+    assert again.key != first.key
+    assert (again.counts["pairs_scored"], again.counts["pairs_reused"]) == (0, first.counts["pairs"])
+
+
+def test_a_bm25_teacher_filters_candidates(make_experiment: Make) -> None:
+    mining = {"miners": [{"kind": "bm25", "quota": 3}], "filter": {"by": "lexical", "absolute_margin": 0.0}}
+    kinds = {"kind": "none", "num_negatives": 1}
+    experiment = make_experiment(kinds, "SparseMultipleNegativesRankingLoss", mining=mining, teachers=[LEXICAL])
+
+    table = score_table(experiment)
+
+    assert table.counts["candidates_dropped_filter"] > 0
+    assert files(experiment) == {"scores"}
 
 
 def test_a_change_of_rows_encodes_only_new_texts(make_experiment: Make) -> None:

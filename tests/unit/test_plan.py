@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from sparsekd.artifact import IntegrityError, key_of, publish
+from sparsekd.labels.building import table_fields
 from sparsekd.plan import Plan
 from sparsekd.recipe import Evaluation, Labels, Run, Student, Training, load_recipe
 
@@ -46,6 +47,8 @@ model = "models/judge"
 model = "models/student"
 """
 SECOND_TEACHER = '[[teachers]]\nname = "second"\nkind = "dense"\nmodel = "models/miner"\n'
+
+LEXICAL_TEACHER = '[[teachers]]\nname = "lexical"\nkind = "bm25"\n'
 
 # (what is set before, what is changed, the kinds of artifact whose key changes)
 SETTINGS: list[tuple[list[str], str, set[str]]] = [
@@ -264,6 +267,7 @@ EDITS: dict[str, tuple[Callable[[Path], None], set[str]]] = {
     "all times": (touch_everything, NONE),
     "a comment in the recipe": (append("recipe.toml", "# more words\n"), NONE),
     "a second teacher": (add_teacher, FROM_TABLE),
+    "a bm25 teacher": (append("recipe.toml", LEXICAL_TEACHER), FROM_TABLE),
     "the order of the miners": (swap_miners, ALL),  # a passage proposed twice counts for the first
 }
 
@@ -284,6 +288,74 @@ def test_a_second_teacher_of_weight_0_is_evaluated_and_teaches_nothing(place: Pa
     add_teacher(place)
 
     assert changed_kinds(before, keys(["labels.weights={judge = 1.0, second = 0.0}"])) == EVALUATION
+
+
+def test_keys_of_models_that_teach_are_those_they_have_always_been(place: Path) -> None:
+    (place / "models" / "other" / "config_sentence_transformers.json").write_text('{"model_type": "SparseEncoder"}', "utf-8")
+    add_teacher(place)
+    append("recipe.toml", '[[teachers]]\nname = "third"\nkind = "sparse"\nmodel = "models/other"\n')(place)
+    filtered = ["mining.filter.by=judge", "mining.filter.relative_margin=0.1"]
+
+    plan = plan_of(["labels.calibration.kind=zscore", *filtered])
+
+    # As computed before teachers came in more than one form; a change orphans every score and table there is.
+    identities = plan.teacher_identities
+    assert {name: key_of(identity) for name, identity in identities.items()} == {
+        "judge": "326842c21f8603b2",
+        "second": "a344ca01ed81e90f",
+        "third": "89c2dd73d02ce41b",
+    }
+    assert key_of(table_fields(plan.recipe, "candidates", identities)) == "05869fe63c896d5c"
+
+
+def test_a_teacher_enters_a_students_key_by_the_table_alone(place: Path) -> None:
+    before = plan_of().student_fields
+
+    append("recipe.toml", LEXICAL_TEACHER)(place)
+
+    after = plan_of().student_fields
+    assert {name for name in before | after if before.get(name) != after.get(name)} == {"table"}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("teachers.lexical.k1=1.2", FROM_TABLE),
+        ("teachers.lexical.b=0.5", FROM_TABLE),
+        ("teachers.lexical.name=words", EVALUATION),
+        ("evaluation.rerank_depth=50", EVALUATION),  # the cross-encoder's
+        ("run.device=cuda", NONE),
+    ],
+)
+def test_a_setting_of_a_bm25_teacher_changes_the_keys_of_what_it_changes(place: Path, change: str, expected: set[str]) -> None:
+    append("recipe.toml", LEXICAL_TEACHER)(place)
+
+    assert changed_kinds(keys(), keys([change])) == expected
+
+
+def test_a_bm25_teachers_scores_are_of_the_passages_that_are_kept_in_any_order(place: Path) -> None:
+    append("recipe.toml", LEXICAL_TEACHER)(place)
+    whole, part = (plan_of(overrides).teacher_identities["lexical"] for overrides in ([], ["collection.max_passages=10"]))
+    corpus = place / "collection" / "corpus.jsonl"
+    lines = corpus.read_text(encoding="utf-8").splitlines(keepends=True)
+
+    corpus.write_text("".join(reversed(lines)), encoding="utf-8")
+    reordered = plan_of().teacher_identities["lexical"]
+    corpus.write_text("".join(lines).replace("yeast", "sugar", 1), encoding="utf-8")
+    edited = plan_of().teacher_identities["lexical"]
+
+    assert reordered == whole
+    assert len({identity["passages"] for identity in (whole, part, edited)}) == 3
+
+
+def test_a_bm25_teacher_is_ranked_with_the_baseline_where_k1_and_b_are_the_same(place: Path) -> None:
+    append("recipe.toml", LEXICAL_TEACHER)(place)
+    same, other = (plan_of(overrides).system_fields() for overrides in ([], ["evaluation.k1=1.2"]))
+
+    assert list(same) == ["bm25", "teacher:judge", "teacher:lexical", "student:untrained", "student"]
+    assert same["teacher:lexical"] == same["bm25"]
+    assert other["teacher:lexical"] == same["teacher:lexical"]
+    assert other["bm25"] != other["teacher:lexical"]
 
 
 def test_the_order_of_two_teachers_changes_no_candidates(place: Path) -> None:
@@ -344,6 +416,7 @@ def test_a_damaged_artifact_is_named_not_made_again(place: Path) -> None:
 
 
 def test_the_whole_plan_imports_no_torch(place: Path) -> None:
+    append("recipe.toml", LEXICAL_TEACHER)(place)
     program = (
         "import sys; from pathlib import Path; from sparsekd.plan import Plan; from sparsekd.recipe import load_recipe;"
         f"Plan(load_recipe(Path('recipe.toml'), [])).artifacts({KINDS}); print('torch' in sys.modules)"

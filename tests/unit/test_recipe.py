@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sparsekd.recipe import BM25Miner, DenseMiner, Recipe, load_recipe
+from sparsekd.recipe import BM25Miner, BM25Teacher, DenseMiner, Recipe, Teacher, load_recipe
 from sparsekd.recipe.loading import _explain, _is_echo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,6 +24,7 @@ COLLECTION = '[collection]\npath = "c"\n'
 MINER = '[[mining.miners]]\nkind = "bm25"\nquota = 4\n'
 DENSE = '[[mining.miners]]\nkind = "dense"\nquota = 4\nmodel = "e"\n'
 TEACHER = '[[teachers]]\nname = "t"\nkind = "dense"\nmodel = "m"\n'
+LEXICAL = '[[teachers]]\nname = "l"\nkind = "bm25"\n'
 STUDENT = '[student]\nmodel = "s"\n'
 WHOLE = COLLECTION + MINER + DENSE + TEACHER + STUDENT
 
@@ -79,6 +80,15 @@ def test_miners_keep_their_order_and_kind(load: Callable[..., Recipe]) -> None:
     recipe = load(WHOLE)
 
     assert [type(miner) for miner in recipe.mining.miners] == [BM25Miner, DenseMiner]
+
+
+def test_a_bm25_teacher_needs_no_model(load: Callable[..., Recipe]) -> None:
+    recipe = load(WHOLE + LEXICAL, "teachers.l.b=0.5")
+
+    assert [type(teacher) for teacher in recipe.teachers] == [Teacher, BM25Teacher]
+    assert recipe.teachers[1] == BM25Teacher(name="l", kind="bm25", k1=0.9, b=0.5)
+    assert [teacher.reference for teacher in recipe.teachers] == ["m", "k1=0.9 b=0.5"]
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
 
 
 def test_a_whole_number_is_taken_where_a_fraction_may_stand(load: Callable[..., Recipe]) -> None:
@@ -164,12 +174,38 @@ def test_every_line_of_a_refusal_begins_with_the_file(recipe_path: Path) -> None
         (DENSE + MINER + "qota = 3\n", "[mining.miners.1] qota is not a known key; did you mean quota?"),
         (DENSE + "k2 = 3\n", "[mining.miners.0] k2 is not a known key; expected one of: model, "),
         (MINER + "bm25 = 3\n", "[mining.miners.0] bm25 is not a known key; expected one of: kind, "),
+        (TEACHER + LEXICAL + "bm25 = 3\n", "[teachers.1] bm25 is not a known key; expected one of: name, kind, k1, b"),
     ],
 )
 def test_an_unknown_key_is_refused_with_its_place_and_the_nearest(refusal: Refusal, text: str, message: str) -> None:
     lines = refusal(text).splitlines()
 
     assert sum(line.startswith(message) for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            COLLECTION + MINER + TEACHER + LEXICAL + 'model = "m"\n' + STUDENT,
+            "[teachers.1] model = 'm' acts on kind = \"dense\" or \"cross-encoder\" or \"sparse\" only; remove the key",
+        ),
+        (
+            COLLECTION + MINER + LEXICAL + "max_length = 9\n" + STUDENT,
+            "[teachers.0] max_length = 9 acts on kind = \"dense\" or \"cross-encoder\" or \"sparse\" only; remove the key",
+        ),
+        (
+            COLLECTION + MINER + TEACHER + "k1 = 0.9\n" + STUDENT,
+            '[teachers.0] k1 = 0.9 acts on kind = "bm25" only; remove the key',
+        ),
+        (
+            COLLECTION + MINER + 'model = "m"\n' + TEACHER + STUDENT,
+            "[mining.miners.0] model = 'm' acts on kind = \"dense\" only; remove the key",
+        ),
+    ],
+)
+def test_a_key_of_another_kind_is_refused_with_the_kinds_that_it_acts_on(refusal: Refusal, text: str, message: str) -> None:
+    assert refusal(text) == message
 
 
 @pytest.mark.parametrize(
@@ -187,6 +223,11 @@ def test_an_unknown_key_is_refused_with_its_place_and_the_nearest(refusal: Refus
             COLLECTION + "[[mining.miners]]\nquota = 4\n" + TEACHER + STUDENT,
             "[mining.miners.0] kind is missing; expected one of: bm25, dense",
         ),
+        (
+            COLLECTION + MINER + '[[teachers]]\nname = "t"\n' + STUDENT,
+            "[teachers.0] kind is missing; expected one of: dense, cross-encoder, sparse, bm25",
+        ),
+        (COLLECTION + MINER + LEXICAL.replace("name", "b = 0.4 #") + STUDENT, "[teachers.0] name is missing; it has no default"),
     ],
 )
 def test_a_missing_key_is_named(refusal: Refusal, text: str, message: str) -> None:
@@ -223,6 +264,11 @@ def test_a_missing_key_is_named(refusal: Refusal, text: str, message: str) -> No
         ("mining.miners.0.kind=bm52", "[mining.miners.0] kind = 'bm52' is not a known miner; did you mean bm25?"),
         ("mining.miners.0.kind=sparse", "[mining.miners.0] kind = 'sparse' is not a known miner; expected one of: bm25, dense"),
         ("mining.miners.0.kind=[1]", "[mining.miners.0] kind = [1] is not a known miner; expected one of: bm25, dense"),
+        ("teachers.t.kind=bm52", "[teachers.0] kind = 'bm52' is not a known teacher; did you mean bm25?"),
+        (
+            "teachers.t.kind=x",
+            "[teachers.0] kind = 'x' is not a known teacher; expected one of: dense, cross-encoder, sparse, bm25",
+        ),
         ("mining.miners=[]", "[mining] miners = []: expected at least 1 item"),
         ("mining.miners=[1]", "[mining.miners] 0 = 1: expected a table"),
         ("mining.miners=bm25", "[mining] miners = 'bm25': expected a list of tables, e.g. [[mining.miners]]"),

@@ -16,6 +16,7 @@ from sparsekd.evaluation.measures import DEPTH, measure
 from sparsekd.evaluation.runs import Ranking, Rankings, write_trec_run
 from sparsekd.evaluation.systems import bm25_rankings, dense_rankings, judgements, rerank_rankings, sparse_teacher_rankings
 from sparsekd.experiment import Experiment, student
+from sparsekd.recipe import BM25Teacher
 
 if TYPE_CHECKING:
     from sentence_transformers import SparseEncoder
@@ -66,11 +67,11 @@ def _system(experiment: Experiment, name: str, fields: dict[str, Any], trained: 
 def _rank(experiment: Experiment, name: str, trained: Artifact) -> tuple[Rankings, dict[str, float]]:
     recipe, collection, split = experiment.recipe, experiment.collection, experiment.recipe.evaluation.split
     if name == "bm25":
-        found = bm25_rankings(recipe, collection, split)
-        # How deep a teacher reranks is no part of this system's key.
-        return {query_id: Ranking(hits.passage_ids[:DEPTH], hits.scores[:DEPTH]) for query_id, hits in found.items()}, {}
+        return _to_depth(bm25_rankings(recipe, collection, split)), {}
     if name.startswith("teacher:"):
-        teacher = next(teacher for teacher in recipe.teachers if f"teacher:{teacher.name}" == name)
+        teacher = experiment.teacher(name.removeprefix("teacher:"))
+        if isinstance(teacher, BM25Teacher):
+            return _to_depth(bm25_rankings(recipe, collection, split, teacher)), {}
         if teacher.kind == "dense":
             return dense_rankings(teacher, recipe, collection, split, experiment.embedding_bank), {}
         if teacher.kind == "sparse":
@@ -78,6 +79,11 @@ def _rank(experiment: Experiment, name: str, trained: Artifact) -> tuple[Ranking
         bm25 = bm25_rankings(recipe, collection, split)
         return rerank_rankings(teacher, recipe, collection, bm25, experiment.score_bank), {}
     return _rank_student(experiment, _load_student(experiment, name, trained))
+
+
+def _to_depth(rankings: Rankings) -> dict[str, Ranking]:
+    """Cut BM25's rankings to DEPTH: how deep a teacher reranks is no part of their key."""
+    return {query_id: Ranking(hits.passage_ids[:DEPTH], hits.scores[:DEPTH]) for query_id, hits in rankings.items()}
 
 
 def _load_student(experiment: Experiment, name: str, trained: Artifact) -> SparseEncoder:

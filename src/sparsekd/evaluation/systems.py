@@ -1,7 +1,7 @@
 """What the student is compared with: BM25, and each teacher in the role it can play.
 
-A dense or sparse teacher searches all passages; a cross-encoder reranks BM25's best. Vectors and scores go through the bank, so a
-second evaluation loads no teacher. A reranking is ``evaluation.rerank_depth`` deep, every other at least DEPTH.
+A dense, sparse or bm25 teacher searches all passages; a cross-encoder reranks BM25's best. Vectors and scores go through the bank,
+so a second evaluation loads no teacher. A reranking is ``evaluation.rerank_depth`` deep, every other at least DEPTH.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sparsekd.labels.banked import BankedScores
 from sparsekd.mining.bm25 import BM25Index
 from sparsekd.mining.dense import dense_search
 from sparsekd.mining.ranking import Scores
-from sparsekd.recipe import Recipe, Teacher
+from sparsekd.recipe import BM25Teacher, Recipe, Teacher
 from sparsekd.teachers.cross_encoder import CrossEncoderScorer
 from sparsekd.teachers.dense import DenseEncoder
 from sparsekd.teachers.embedding import banked_vectors
@@ -44,12 +44,18 @@ def judgements(recipe: Recipe, collection: Collection, split: str) -> Qrels:
     return collection.qrels[split]
 
 
-def bm25_rankings(recipe: Recipe, collection: Collection, split: str) -> dict[str, Ranking]:
-    """Return BM25's ranking of every judged query, DEPTH or ``evaluation.rerank_depth`` deep, whichever is more."""
+def bm25_rankings(
+    recipe: Recipe, collection: Collection, split: str, teacher: BM25Teacher | None = None
+) -> dict[str, Ranking]:
+    """Return BM25's ranking of every judged query, DEPTH or ``evaluation.rerank_depth`` deep, whichever is more.
+
+    k1 and b are the teacher's; without one the evaluation's, the baseline.
+    """
     query_ids = list(judgements(recipe, collection, split))
-    settings = recipe.evaluation
+    settings = teacher or recipe.evaluation
     index = BM25Index(collection.passages, settings.k1, settings.b)
-    ids, scores = index.search([collection.queries[query_id] for query_id in query_ids], max(DEPTH, settings.rerank_depth))
+    depth = max(DEPTH, recipe.evaluation.rerank_depth)
+    ids, scores = index.search([collection.queries[query_id] for query_id in query_ids], depth)
     return _by_query(query_ids, ids, scores)
 
 

@@ -18,7 +18,23 @@ from numpy.typing import NDArray
 
 from sparsekd.mining.ranking import Positions, Scores, best_first, empty_block, id_ranks, to_ids
 
+BM25_VERSION = 1
+"""Raised when the same settings and passages would give other scores, by this code or by another bm25s or PyStemmer."""
+VARIANT = "lucene"
+STEMMER = "porter"
 _WORD = re.compile(r"(?u)\b\w\w+\b")
+
+
+def scoring_fields(k1: float, b: float) -> dict[str, Any]:
+    """Return everything beside the passages that can change a score, JSON-able."""
+    return {
+        "version": BM25_VERSION,
+        "variant": VARIANT,
+        "k1": k1,
+        "b": b,
+        "tokens": {"pattern": _WORD.pattern, "lower_case": True, "stop_words": None, "stemmer": STEMMER},
+        "precision": "float32",
+    }
 
 
 class BM25Index:
@@ -34,7 +50,7 @@ class BM25Index:
             raise ValueError("BM25: no passages to index; expected at least one")
         self.passage_ids = list(passages)
         self._id_rank = id_ranks(self.passage_ids)
-        self._stemmer = Stemmer.Stemmer("porter")
+        self._stemmer = Stemmer.Stemmer(STEMMER)
         self._token_by_word: dict[str, int] = {}
         self._token_by_stem: dict[str, int] = {}
         tokens = [self._learn(text) for text in passages.values()]
@@ -96,7 +112,7 @@ class BM25Index:
     def _postings(self, tokens: list[list[int]], k1: float, b: float) -> dict[str, Any]:
         if not self._token_by_stem:  # passages without a single word: bm25s divides by their mean length, 0
             return {"data": np.empty(0, np.float32), "indices": np.empty(0, np.int32), "indptr": np.zeros(1, np.int64)}
-        model = bm25s.BM25(method="lucene", k1=k1, b=b)
+        model = bm25s.BM25(method=VARIANT, k1=k1, b=b)
         unique = list(range(len(self._token_by_stem)))
         postings: dict[str, Any] = model.build_index_from_ids(unique, tokens, show_progress=False)
         return postings

@@ -6,6 +6,7 @@ Unknown keys are refused with the nearest known one. Imports no torch; loading c
 
 from sparsekd.recipe.loading import load_recipe as load_recipe
 from sparsekd.recipe.sections import BM25Miner as BM25Miner
+from sparsekd.recipe.sections import BM25Teacher as BM25Teacher
 from sparsekd.recipe.sections import Budget as Budget
 from sparsekd.recipe.sections import Calibration as Calibration
 from sparsekd.recipe.sections import Collection as Collection

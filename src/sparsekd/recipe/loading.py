@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from sparsekd.overrides import apply_override
 from sparsekd.recipe.sections import (
     BM25Miner,
+    BM25Teacher,
     Budget,
     Calibration,
     Collection,
@@ -65,6 +66,9 @@ def _explain(problem: Mapping[str, Any]) -> str:
     place = _place(problem["loc"])
     section, key = ".".join(place[:-1]) or "top level", place[-1] if place else ""
     if kind == "extra_forbidden":
+        others = [f'"{other}"' for other, model in _kinds_of(problem["loc"]).items() if key in model.model_fields]
+        if others:
+            return f"[{section}] {key} = {problem['input']!r} acts on kind = {' or '.join(others)} only; remove the key"
         return f"[{section}] {key} is not a known key; {_hint(key, _known_keys(problem['loc']))}"
     if kind == "missing":
         return f"[{section}] {key} is missing; it has no default"
@@ -80,11 +84,12 @@ def _explain(problem: Mapping[str, Any]) -> str:
 
 
 def _explain_tag(problem: Mapping[str, Any]) -> str:
-    """Explain a miner whose ``kind`` is missing or unknown."""
+    """Explain a miner or teacher whose ``kind`` is missing or unknown."""
     section, found = ".".join(_place(problem["loc"])), problem["input"].get("kind")
+    what, kinds = problem["loc"][-2].removesuffix("s"), list(_kinds_of(problem["loc"]))
     if problem["type"] == "union_tag_not_found":
-        return f"[{section}] kind is missing; expected one of: {', '.join(_KINDS)}"
-    return f"[{section}] kind = {found!r} is not a known miner; {_hint(str(found), list(_KINDS))}"
+        return f"[{section}] kind is missing; expected one of: {', '.join(kinds)}"
+    return f"[{section}] kind = {found!r} is not a known {what}; {_hint(str(found), kinds)}"
 
 
 def _hint(word: str, known: Sequence[str]) -> str:
@@ -92,12 +97,14 @@ def _hint(word: str, known: Sequence[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"expected one of: {', '.join(known)}"
 
 
-_KINDS: dict[str, type[BaseModel]] = {"bm25": BM25Miner, "dense": DenseMiner}
+_KINDS: dict[str, dict[str, type[BaseModel]]] = {
+    "miners": {"bm25": BM25Miner, "dense": DenseMiner},
+    "teachers": {"dense": Teacher, "cross-encoder": Teacher, "sparse": Teacher, "bm25": BM25Teacher},
+}
 _MODELS: dict[str, type[BaseModel]] = {
     "collection": Collection,
     "mining": Mining,
     "filter": NegativeFilter,
-    "teachers": Teacher,
     "labels": Labels,
     "calibration": Calibration,
     "student": Student,
@@ -109,14 +116,21 @@ _MODELS: dict[str, type[BaseModel]] = {
 
 
 def _place(location: Sequence[str | int]) -> list[str]:
-    """Return the location without the tag (its kind) that pydantic puts after a miner's position: no place in the file."""
+    """Return the location without the tag (its kind) that pydantic puts after an item's position: no place in the file."""
     parts = [str(part) for part in location]
-    return parts[:3] + parts[4:] if parts[:2] == ["mining", "miners"] else parts
+    tag = {("mining", "miners"): 3, ("teachers",): 2}
+    place = next((place for section, place in tag.items() if parts[: len(section)] == [*section]), len(parts))
+    return parts[:place] + parts[place + 1 :]
+
+
+def _kinds_of(location: Sequence[str | int]) -> dict[str, type[BaseModel]]:
+    """Model by kind of the list that ``location`` lies in; empty where there is none."""
+    return next((_KINDS[str(part)] for part in location[:-1] if part in _KINDS), {})
 
 
 def _known_keys(location: Sequence[str | int]) -> list[str]:
     """Keys of the model that refused the unknown key at the end of ``location``."""
     model: type[BaseModel] = Recipe
     for part in location[:-1]:
-        model = (_MODELS | _KINDS).get(str(part), model)
+        model = (_MODELS | _kinds_of(location)).get(str(part), model)
     return list(model.model_fields)

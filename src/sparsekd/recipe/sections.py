@@ -104,6 +104,28 @@ class Teacher(EncoderSpec):
     """``dense``: the bi-encoder's own similarity. ``cross-encoder``: the logit, no activation. ``sparse``: the dot product of a
     SparseEncoder's vectors."""
 
+    @property
+    def reference(self) -> str:
+        """What people call it; decides nothing."""
+        return self.model
+
+
+class BM25Teacher(_Section):
+    """BM25 over the collection's passages (Lucene variant, Porter stemmer), the miner's own, whose score of a pair is gold_sim."""
+
+    name: str = Field(pattern=NAME)
+    """How recipes, logs and metrics call it; enters no score key."""
+    kind: Literal["bm25"]
+    k1: float = Field(default=0.9, gt=0)
+    """Term-frequency saturation; 0.9 is Anserini's default."""
+    b: float = Field(default=0.4, ge=0, le=1)
+    """Length normalisation; 0.4 is Anserini's default."""
+
+    @property
+    def reference(self) -> str:
+        """What people call it; decides nothing."""
+        return f"k1={self.k1:g} b={self.b:g}"
+
 
 class Calibration(_Section):
     """A view over raw scores; changing it calls no teacher."""
@@ -312,7 +334,7 @@ class Recipe(_Section):
 
     collection: Collection
     mining: Mining
-    teachers: tuple[Teacher, ...] = Field(min_length=1, strict=False)
+    teachers: tuple[Annotated[Teacher | BM25Teacher, Field(discriminator="kind")], ...] = Field(min_length=1, strict=False)
     labels: Labels = Labels()
     student: Student
     training: Training = Training()

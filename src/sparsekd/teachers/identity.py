@@ -1,24 +1,31 @@
 """What decides a teacher's outputs, as JSON-able fields: the key under which its vectors and scores are banked.
 
 In: digests of weights, tokenizer and configuration, length limit, prompts, precision, similarity or activation, backend, and
-the version of this code. Out: names, paths, device, batch sizes, threads. One model is one encoder whether it mines or teaches.
+the version of this code; for BM25 its settings and the passages it counts. Out: names, paths, device, batch sizes, threads. One
+model is one encoder whether it mines or teaches.
 Imports no torch, so a full cache hit is known in the time it takes to hash the weights.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import numpy as np
+
+from sparsekd.bank.text_key import text_keys
 from sparsekd.model_reference import resolve, weights_identity
-from sparsekd.recipe import EncoderSpec, Teacher
+from sparsekd.recipe import BM25Teacher, EncoderSpec, Teacher
 from sparsekd.teachers.protocols import Similarity
 
 # Raise a version when a change to this room changes scores beyond float rounding: what the old one banked is then not used.
 DENSE_STAGE = "teachers/dense v1"
 CROSS_ENCODER_STAGE = "teachers/cross-encoder v1"
 SPARSE_STAGE = "teachers/sparse v1"
+BM25_STAGE = "teachers/bm25 v1"
 
 
 def encoder_identity(spec: EncoderSpec) -> dict[str, Any]:
@@ -29,7 +36,7 @@ def encoder_identity(spec: EncoderSpec) -> dict[str, Any]:
 
 
 def teacher_identity(teacher: Teacher) -> dict[str, Any]:
-    """Return the identity of a teacher; a dense one has its encoder's."""
+    """Return the identity of a model that teaches; a dense one has its encoder's."""
     if teacher.kind == "dense":
         return encoder_identity(teacher)
     if teacher.kind == "sparse":
@@ -62,6 +69,20 @@ def sparse_identity(spec: EncoderSpec) -> dict[str, Any]:
             "dot product, as a sparse index does; set it to dot if the model may be used so"
         )
     return {"stage": SPARSE_STAGE, "kind": "sparse", "similarity": "dot", **_common_fields(spec, folder)}
+
+
+def bm25_identity(teacher: BM25Teacher, passages: Iterable[str]) -> dict[str, Any]:
+    """Return the identity of BM25 over these passages, whose number, lengths and words every score depends on.
+
+    Passages enter as the multiset of their texts: order, ids and files do not, a repeated text does. Digests about a million a
+    second, and holds 16 bytes of each.
+    """
+    from sparsekd.mining.bm25 import scoring_fields  # bm25s takes .2 s, which recipes without this teacher do not pay
+
+    keys = text_keys(passages)
+    ordered = keys[np.lexsort((keys[:, 1], keys[:, 0]))]
+    digest = hashlib.sha256(ordered.astype("<u8").tobytes()).hexdigest()
+    return {"stage": BM25_STAGE, "kind": "bm25", **scoring_fields(teacher.k1, teacher.b), "passages": digest}
 
 
 def declared_similarity(folder: Path) -> Similarity:

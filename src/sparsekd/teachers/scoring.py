@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,9 +75,16 @@ def bank_scores(
     return bank_scorer(CrossEncoderScorer(teacher, run), teacher.name, run, scores, texts)
 
 
-def bank_scorer(scorer: Scorer, name: str, run: Run, scores: TeacherScores, texts: PairTexts) -> ScoringCounts:
-    """Fill ``scores`` from any Scorer; ``name`` is for the log."""
+def bank_scorer(
+    scorer: Scorer, name: str, run: Run, scores: TeacherScores, texts: PairTexts, *, by_query: bool = False
+) -> ScoringCounts:
+    """Fill ``scores`` from any Scorer; ``name`` is for the log.
+
+    ``by_query`` hands over the pairs of one query together, for a scorer that texts of mixed lengths cost nothing.
+    """
     pairs = _look_up(scores, texts)
+    if by_query:
+        pairs = replace(pairs, missing=np.sort(pairs.missing))  # pairs are in order of query keys
 
     def score(block: Positions) -> GoldSim:
         return scorer.score([pairs.texts_of(position) for position in block])

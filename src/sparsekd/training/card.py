@@ -41,7 +41,7 @@ def write_card(path: Path, recipe: Recipe, table: ScoreTable, extra: dict[str, A
 def _card(recipe: Recipe, table: ScoreTable, extra: dict[str, Any], trained: TrainedStudent) -> str:
     training, student, card = recipe.training, recipe.student, trained.loss_card
     last: dict[str, Any] = next((entry for entry in reversed(trained.log_history) if "loss" in entry), {})
-    teachers = "\n".join(f"- `{teacher.name}`: {teacher.kind}, `{_shown(teacher.model)}`" for teacher in recipe.teachers)
+    teachers = "\n".join(f"- `{teacher.name}`: {teacher.kind}, `{_shown(teacher.reference)}`" for teacher in recipe.teachers)
     losses = "\n".join(f"- {loss['weight']:g} × {loss['name']} `{_json(loss['config'])}`" for loss in card["losses"])
     regularizers = "\n".join(
         f"- {side}: {regularizer['name']} `{_json(regularizer['config'])}`, lambda {last.get(f'lambda_{side}', 0.0):.4g} at the end"

@@ -22,7 +22,7 @@ from sparsekd.evaluation.systems import (
     scorer_rankings,
     sparse_teacher_rankings,
 )
-from sparsekd.recipe import Recipe, Run, Teacher
+from sparsekd.recipe import BM25Teacher, Recipe, Run, Teacher
 
 Make = Callable[..., Recipe]
 
@@ -46,6 +46,17 @@ def test_bm25_is_as_deep_as_measures_and_reranking_need(make_recipe: Make, reran
     rankings = bm25_rankings(make_recipe(rerank_depth=rerank_depth), collection, "test")
 
     assert rankings["q"].passage_ids == list(passages)[:depth]
+
+
+def test_a_bm25_teacher_ranks_by_its_own_k1_and_b(make_recipe: Make, collection: Collection) -> None:
+    teacher = BM25Teacher(name="b", kind="bm25", k1=1.2, b=0.75)
+
+    rankings = bm25_rankings(make_recipe(), collection, "test", teacher)
+
+    expected, baseline = (bm25_rankings(make_recipe(**settings), collection, "test") for settings in ({"k1": 1.2, "b": 0.75}, {}))
+    assert ids(rankings) == ids(expected)
+    assert [ranking.scores.tolist() for ranking in rankings.values()] == [found.scores.tolist() for found in expected.values()]
+    assert rankings["q0"].scores.tolist() != baseline["q0"].scores.tolist()
 
 
 def test_an_encoder_ranks_all_passages_and_a_second_time_from_the_bank(

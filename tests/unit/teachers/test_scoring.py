@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -135,6 +136,16 @@ def test_pairs_reach_the_teacher_longest_first_whatever_their_order(tmp_path: Pa
     lengths = [len(query) + len(passage) for query, passage in asked[0][0]]
     assert asked[0] == asked[1]
     assert lengths == sorted(lengths, reverse=True)
+
+
+def test_pairs_of_one_query_come_together_where_that_is_asked_for(scores: TeacherScores, texts: PairTexts) -> None:
+    teacher = WordOverlap()
+
+    bank_scorer(teacher, "overlap", Run(shard_pairs=100), scores, texts, by_query=True)
+
+    queries = [query for call in teacher.asked for query, _ in call]
+    assert len(queries) == 210
+    assert sum(left != right for left, right in itertools.pairwise(queries)) == len(set(queries)) - 1
 
 
 @pytest.mark.parametrize("breaks_at", [0, 1, 5])
