@@ -1,28 +1,35 @@
-"""The whole loss table: every valid (data, label, loss, wrapper) row trains a tiny student, every other pairing is refused.
+"""The whole loss table: every valid (data, label, loss, wrapper, student) row trains a tiny student, any other pairing is refused.
 
-Trained means: the loss of a fixed batch falls in a few steps, and what is saved loads in plain sentence-transformers with the
-same vectors. The refusals are the recipe's, before anything is loaded.
+Trained means: from a published table, by the trainer, the loss of the whole table falls in a few steps, and what is saved loads in
+plain sentence-transformers with the same vectors. The refusals are the recipe's, before anything is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.sparse
 import torch
+from numpy.typing import NDArray
 from pydantic import ValidationError
-from sentence_transformers import SentenceTransformer, SparseEncoder
-from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
+from sentence_transformers import SparseEncoder
+from transformers import AutoTokenizer
 
+from sparsekd.collection.beir import Collection
+from sparsekd.labels.building import build_table, table_fields
+from sparsekd.labels.rows import Rows
+from sparsekd.labels.score_table import ScoreTable
 from sparsekd.recipe import Recipe
 from sparsekd.recipe.loading import _explain
-from sparsekd.recipe.rules import LOSSES, num_columns, wrapper_of
+from sparsekd.recipe.rules import LOSSES, wrapper_of
 from sparsekd.students.building import build_student
+from sparsekd.training.fit import TrainedStudent, train
 from sparsekd.training.losses import build_loss, loss_card
 
-QUERIES = ["what is heat", "who was king of france", "cause of cancer", "how does air flow"]
 PASSAGES = ["heat is a method of flow", "the king of norman france", "smoke is one cause of disease", "air does flow on a wing"]
 KL, MARGIN_MSE, IN_BATCH, TRIPLET = (
     f"Sparse{name}Loss" for name in ("DistillKLDiv", "MarginMSE", "MultipleNegativesRanking", "Triplet")
@@ -75,106 +82,137 @@ def identifier(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def columns_of(recipe: Recipe) -> list[list[str]]:
-    texts = [PASSAGES[shift:] + PASSAGES[:shift] for shift in range(num_columns(recipe) - 1)]
-    return [QUERIES, *texts]
+class DrawnVectors:
+    """A VectorSource: a teacher of the student's own vocabulary, three weights for each text."""
+
+    def __init__(self, folder: str) -> None:
+        self.vocabulary: dict[str, int] | None = AutoTokenizer.from_pretrained(folder).get_vocab()
+
+    def vectors(self, role: str, text_ids: Sequence[str]) -> scipy.sparse.csr_matrix:
+        dense = np.zeros((len(text_ids), len(self.vocabulary or {})), dtype=np.float32)
+        for row, text_id in enumerate(text_ids):
+            generator = np.random.default_rng(list(f"{role} {text_id}".encode()))
+            dense[row, generator.choice(dense.shape[1], 3, replace=False)] = generator.uniform(0.5, 2.0, 3)
+        return scipy.sparse.csr_matrix(dense)
 
 
-def labels_of(recipe: Recipe, num_terms: int) -> torch.Tensor | None:
-    width, generator = num_columns(recipe), torch.Generator().manual_seed(0)
-    shape: dict[str, tuple[int, ...]] = {
-        "score_list": (4, width - 1),
-        "margin": (4, width - 2),
-        "similarity": (4,),
-        "embedding": (4, num_terms),
-    }
-    return torch.rand(shape[recipe.labels.kind], generator=generator) if recipe.labels.kind in shape else None
+def drawn_gold_sim(teacher: str, query_ids: Sequence[str], passage_ids: Sequence[str]) -> NDArray[np.float32]:
+    return np.random.default_rng(0).uniform(-1.0, 1.0, len(query_ids)).astype(np.float32)
 
 
-def csr_student(folder: Path) -> SparseEncoder:
-    dense = SentenceTransformer(str(folder), device="cpu")
-    for module in dense.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    torch.manual_seed(0)
-    return SparseEncoder(modules=[*dense, SparseAutoEncoder(32, hidden_dim=96, k=8, k_aux=16)], device="cpu")
+def table_of(recipe: Recipe, collection: Collection, cache: Path) -> ScoreTable:
+    """Return the published table of the first four training queries, before it is parted into pairs, triplets or texts."""
+    query_ids, order = list(collection.qrels["train"])[:4], list(collection.passages)
+    passage_ids = [order[place * 5 : place * 5 + recipe.labels.num_negatives + 1] for place in range(len(query_ids))]
+    return build_table(
+        recipe,
+        Rows(query_ids, passage_ids, {}, 0),
+        cache=cache,
+        fields=table_fields(recipe, "candidates", {"t": {"weights": "drawn"}}),
+        gold_sim=drawn_gold_sim,
+        vectors=DrawnVectors(recipe.student.model) if recipe.labels.kind == "embedding" else None,
+    )
 
 
-def train_some_steps(model: SparseEncoder, recipe: Recipe) -> list[float]:
-    """Return the loss before each of 5 steps on one batch, with dropout off, at full lambda."""
-    loss = build_loss(model, recipe)
-    labels = labels_of(recipe, int(model.get_embedding_dimension() or 0))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    model.train()
-    values = []
-    for _ in range(5):
-        features = [model.preprocess(texts) for texts in columns_of(recipe)]
-        components = loss(features, labels)
-        total = torch.stack(list(components.values())).sum()
-        values.append(total.item())
-        # What is logged adds up to the loss, in full precision.
-        assert sum(loss.log_components().values()) == pytest.approx(values[-1], rel=1e-5)
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-    model.eval()
-    return values
+@pytest.fixture
+def trained(collection: Collection, tmp_path: Path) -> Callable[[Recipe], TrainedStudent]:
+    """Return ``trained(recipe)``: its student after 6 steps of the whole table each, by the trainer and on the fast path."""
+
+    def run(recipe: Recipe) -> TrainedStudent:
+        table = table_of(recipe, collection, tmp_path / "cache")
+        pace = {"batch_size": len(table), "max_steps": 6, "learning_rate": 2e-3, "warmup_ratio": 0.0, "lambda_warmup_ratio": 0.1}
+        paced = recipe.model_copy(update={"training": recipe.training.model_copy(update=pace)})
+        return train(paced, table, collection, work_folder=tmp_path / "work", key="key")
+
+    return run
 
 
-def assert_learns_and_reloads(model: SparseEncoder, recipe: Recipe, folder: Path) -> None:
+def assert_learns_and_reloads(student: TrainedStudent, folder: Path) -> None:
+    first, last = (entry for entry in student.log_history if "loss" in entry)  # the first step, the mean of the others
+    assert last["loss"] < first["loss"]
+    # What is logged adds up to the loss, in full precision.
+    for entry in (first, last):
+        parts = [value for name, value in entry.items() if name in LOSSES or "_loss" in name]
+        assert sum(parts) == pytest.approx(entry["loss"], rel=1e-5)
 
-    values = train_some_steps(model, recipe)
-    assert values[-1] < values[0]
-
-    model.save_pretrained(str(folder), create_model_card=False)
+    student.model.save_pretrained(str(folder), create_model_card=False)
     plain = SparseEncoder(str(folder), device="cpu")
 
     for encode in ("encode_query", "encode_document"):
-        ours, theirs = (getattr(each, encode)(PASSAGES).to_dense() for each in (model, plain))
+        ours, theirs = (getattr(each, encode)(PASSAGES).to_dense() for each in (student.model, plain))
         assert torch.equal(ours, theirs)
         assert int((ours > 0).sum()) > 0
 
 
-@pytest.mark.parametrize("wrapper", ["SpladeLoss", pytest.param("CachedSpladeLoss", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("wrapper", "expansion"),
+    [
+        ("SpladeLoss", "both"),
+        *(
+            pytest.param(wrapper, expansion, marks=pytest.mark.slow)
+            for wrapper in ("SpladeLoss", "CachedSpladeLoss")
+            for expansion in ("both", "passage", "query")
+            if (wrapper, expansion) != ("SpladeLoss", "both")
+        ),
+    ],
+)
 @pytest.mark.parametrize(("labels", "loss"), ROWS, ids=identifier)
 def test_a_splade_student_learns_and_reloads(
-    tiny_headless_folder: Path, tmp_path: Path, labels: dict[str, Any], loss: Any, wrapper: str
+    trained: Callable[[Recipe], TrainedStudent],
+    tiny_headless_folder: Path,
+    tmp_path: Path,
+    labels: dict[str, Any],
+    loss: Any,
+    wrapper: str,
+    expansion: str,
 ) -> None:
-    cached = {"wrapper": wrapper, "mini_batch_size": 3} if wrapper == "CachedSpladeLoss" else {}
+    cached = {"mini_batch_size": 3} if wrapper == "CachedSpladeLoss" else {}
+    pressed = [side for side in ("query", "passage") if expansion in ("both", side)]
+    student = {"dropout": 0.0, "expansion": expansion, **{f"lambda_{side}": 1e-5 for side in pressed}}
     recipe = recipe_of(
         labels=labels,
-        training={"loss": loss, **cached},
-        student={"dropout": 0.0, "lambda_query": 1e-3, "lambda_passage": 1e-3},
+        training={"loss": loss, "wrapper": wrapper, **cached},
+        student={"model": str(tiny_headless_folder), **student},
     )
-    model = build_student(recipe.student, tiny_headless_folder)
 
-    assert_learns_and_reloads(model, recipe, tmp_path / "student")
+    assert_learns_and_reloads(trained(recipe), tmp_path / "student")
 
 
 @pytest.mark.parametrize(("labels", "loss"), ROWS, ids=identifier)
-def test_a_csr_student_learns_and_reloads(tiny_encoder_folder: Path, tmp_path: Path, labels: dict[str, Any], loss: Any) -> None:
-    recipe = recipe_of(labels=labels, training={"loss": loss}, student={"kind": "csr"})
+def test_a_csr_student_learns_and_reloads(
+    trained: Callable[[Recipe], TrainedStudent], tiny_encoder_folder: Path, tmp_path: Path, labels: dict[str, Any], loss: Any
+) -> None:
+    student = {"kind": "csr", "model": str(tiny_encoder_folder), "dropout": 0.0, "hidden_dim": 96, "k": 8, "k_aux": 16}
+    recipe = recipe_of(labels=labels, training={"loss": loss, "wrapper": "CSRLoss"}, student=student)
 
-    assert_learns_and_reloads(csr_student(tiny_encoder_folder), recipe, tmp_path / "student")
-
-
-def test_a_student_learns_vectors_and_reloads(tiny_headless_folder: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(labels={"kind": "embedding"}, teachers=[SPARSE_TEACHER], training={"loss": MSE}, student={"dropout": 0.0})
-    model = build_student(recipe.student, tiny_headless_folder)
-
-    assert_learns_and_reloads(model, recipe, tmp_path / "student")
+    assert_learns_and_reloads(trained(recipe), tmp_path / "student")
 
 
-@pytest.mark.parametrize("regularizer", ["FLOPS", "L1", "DF-FLOPS"])
-def test_every_regularizer_presses_active_weight_down(tiny_headless_folder: Path, regularizer: str) -> None:
+def test_a_student_learns_vectors_and_reloads(
+    trained: Callable[[Recipe], TrainedStudent], tiny_headless_folder: Path, tmp_path: Path
+) -> None:
+    """Texts that share a vector (sentence_1…N with one label) are rows of one text each here: the loss is the same mean."""
+    recipe = recipe_of(
+        labels={"kind": "embedding"},
+        teachers=[SPARSE_TEACHER],
+        training={"loss": MSE, "wrapper": "none"},
+        student={"model": str(tiny_headless_folder), "dropout": 0.0},
+    )
+
+    assert_learns_and_reloads(trained(recipe), tmp_path / "student")
+
+
+@pytest.mark.parametrize("regularizer", ["FLOPS", "L1", "DF-FLOPS", "IDF-FLOPS"])
+def test_every_regularizer_presses_active_weight_down(
+    trained: Callable[[Recipe], TrainedStudent], tiny_headless_folder: Path, regularizer: str
+) -> None:
     presses = {"regularizer": regularizer, "lambda_query": 10.0, "lambda_passage": 10.0, "dropout": 0.0}
-    recipe = recipe_of(training={"loss": MARGIN_MSE}, student=presses)
-    model = build_student(recipe.student, tiny_headless_folder)
-    before = model.encode_document(PASSAGES).to_dense().sum()
+    recipe = recipe_of(training={"loss": MARGIN_MSE}, student={"model": str(tiny_headless_folder), **presses})
+    before = build_student(recipe.student, tiny_headless_folder).encode_document(PASSAGES).to_dense().sum()
 
-    train_some_steps(model, recipe)
+    after = trained(recipe).model.encode_document(PASSAGES).to_dense().sum()
 
-    assert float(model.encode_document(PASSAGES).to_dense().sum()) < float(before)
+    assert float(after) < float(before)
 
 
 def test_the_table_above_names_every_loss_with_every_kind_it_stands_beside() -> None:
@@ -278,6 +316,14 @@ def test_a_loss_on_labels_that_it_cannot_read_is_refused(kind: str, loss: str) -
             '[training] wrapper = "SpladeLoss" around SparseMSELoss: the library would pair columns with rows and train every text',
         ),
         (
+            {
+                "labels": {"kind": "embedding"},
+                "training": {"loss": MSE, "wrapper": "CachedSpladeLoss", "mini_batch_size": 2},
+                "teachers": [SPARSE_TEACHER],
+            },
+            '[training] wrapper = "CachedSpladeLoss" around SparseMSELoss: the library would pair columns with rows and train',
+        ),
+        (
             {"labels": {"kind": "embedding"}, "training": {"loss": MSE, "mini_batch_size": 2}, "teachers": [SPARSE_TEACHER]},
             '[training] mini_batch_size = 2 acts in CachedSpladeLoss only, not in "none"; remove it',
         ),
@@ -296,7 +342,20 @@ def test_a_loss_on_labels_that_it_cannot_read_is_refused(kind: str, loss: str) -
         ),
         (
             {"training": {"wrapper": "SpladeLoss"}, "student": {"kind": "csr"}},
-            '[training] wrapper = "SpladeLoss" on a csr student trains its autoencoder without reconstruction; set wrapper',
+            '[training] wrapper = "SpladeLoss" on a csr student trains its autoencoder without reconstruction; set wrapper = '
+            '"CSRLoss" or remove the key',
+        ),
+        (
+            {"training": {"wrapper": "CachedSpladeLoss", "mini_batch_size": 4}, "student": {"kind": "csr"}},
+            '[training] wrapper = "CachedSpladeLoss" on a csr student trains its autoencoder without reconstruction; set wrapper',
+        ),
+        (
+            {"training": {"wrapper": "none"}, "student": {"kind": "csr"}},
+            '[training] wrapper = "none" on a csr student trains its autoencoder without reconstruction; set wrapper = "CSRLoss"',
+        ),
+        (
+            {"training": {"wrapper": "SpladeLos"}},
+            "[training] wrapper = 'SpladeLos': input should be 'SpladeLoss', 'CachedSpladeLoss', 'CSRLoss' or 'none'",
         ),
         (
             {"labels": {"kind": "embedding"}, "training": {"loss": MSE}, "student": {"kind": "csr"}, "teachers": [SPARSE_TEACHER]},
@@ -378,7 +437,7 @@ def test_a_recipe_that_a_program_wrote_out_whole_is_still_one() -> None:
     [
         ({}, "SpladeLoss"),
         ({"training": {"mini_batch_size": 8}}, "CachedSpladeLoss"),
-        ({"student": {"kind": "csr"}}, "CSRLoss"),
+        ({"student": {"kind": "csr", "k": 8, "k_aux": 16}}, "CSRLoss"),
         ({"labels": {"kind": "embedding"}, "training": {"loss": MSE}, "teachers": [SPARSE_TEACHER]}, "none"),
     ],
 )
@@ -386,8 +445,7 @@ def test_a_recipe_without_a_wrapper_takes_the_one_that_its_student_and_loss_need
     sections: dict[str, Any], wrapper: str, tiny_headless_folder: Path, tiny_encoder_folder: Path
 ) -> None:
     recipe = recipe_of(**sections)
-    is_csr = recipe.student.kind == "csr"
-    model = csr_student(tiny_encoder_folder) if is_csr else build_student(recipe.student, tiny_headless_folder)
+    model = build_student(recipe.student, tiny_encoder_folder if recipe.student.kind == "csr" else tiny_headless_folder)
 
     assert wrapper_of(recipe) == wrapper
     assert loss_card(build_loss(model, recipe))["wrapper"] == wrapper
