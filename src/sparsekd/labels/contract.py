@@ -120,11 +120,14 @@ def read_metadata(path: Path, schema: Any) -> tuple[Kind, Contract]:
 
 
 def refuse_other_scale(path: Path, schema: Any, first_path: Path, first: Any) -> None:
-    """Raise IntegrityError, naming what differs, if a shard's labels are not of the first shard's kind, teachers and scale."""
+    """Raise ValueError, naming what differs, if a shard's labels are not of the first shard's kind, teachers and scale.
+
+    No IntegrityError: the shards are whole and as their manifest says, somebody has put together what does not belong together.
+    """
     theirs, ours = (_decoded(part) for part in (schema, first))
     for name in sorted({*theirs, *ours}):
         if theirs.get(name) != ours.get(name):
-            raise IntegrityError(
+            raise ValueError(
                 f"{path}: metadata {name} is {theirs.get(name)!r}, but {first_path.name} says {ours.get(name)!r}: labels on "
                 "different scales in one table; rebuild the table"
             )

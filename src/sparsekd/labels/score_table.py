@@ -53,8 +53,8 @@ class ScoreTable:
     def open(cls, folder: Path) -> ScoreTable:
         """Verify and open a published table.
 
-        Raises IntegrityError, naming the shard, if bytes, rows, metadata, columns or widths are not what was published, if two
-        shards' labels are not of one kind and scale, an id is empty, a row holds a passage twice, or a label is not finite.
+        Raises IntegrityError, naming the shard, if bytes, rows, metadata, columns or widths are not what was published, an id is
+        empty, a row holds a passage twice, or a label is not finite; ValueError if two shards' labels are of two kinds or scales.
         """
         artifact, shards = open_shards(folder, KIND)
         if not shards:
