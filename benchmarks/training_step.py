@@ -167,8 +167,12 @@ def prepare(options: argparse.Namespace) -> Step:
 def forward(model: Any, path: str) -> Iterator[None]:
     """Let the student use the path's modules while the context lasts."""
     from sparsekd.students.fast import fast_student
+    from sparsekd.students.recomputation import recomputed
 
-    with fast_student(model, packed=True, fused=True) if path == "fast" else contextlib.nullcontext():
+    if path != "fast":
+        yield
+        return
+    with fast_student(model, packed=True, fused=True), recomputed(model):
         yield
 
 

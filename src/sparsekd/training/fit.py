@@ -15,6 +15,7 @@ from sparsekd.students.adapters import merge_adapters
 from sparsekd.students.building import build_student
 from sparsekd.students.fast import fast_student
 from sparsekd.students.identity import needs_passages, student_fields, training_fields
+from sparsekd.students.recomputation import recomputed
 from sparsekd.students.routes import check_columns, column_prompts, routes
 from sparsekd.training.arguments import check_device, training_arguments
 from sparsekd.training.rows import check_vector_space, text_columns, training_rows
@@ -125,7 +126,7 @@ def _run(recipe: Recipe, trainer: DistillationTrainer, checkpoint: Path | None) 
         if reached.global_step >= reached.max_steps:
             trainer.take_up(checkpoint, reached)  # train() would take one step more than the run has
             return int(reached.global_step)
-    with fast_student(trainer.model, packed=recipe.run.packed, fused=recipe.run.fused_head):
+    with fast_student(trainer.model, packed=recipe.run.packed, fused=recipe.run.fused_head), recomputed(trainer.model):
         check_memory(recipe, trainer)
         if ranks.rank():  # dropout of its own; a resumed run takes up the state it saved
             torch.manual_seed(recipe.training.seed + ranks.rank())
