@@ -39,7 +39,15 @@ _REASONS = {
     "SparseMSELoss": "it moves each text's vector to its teacher's",
 }
 _REGULARIZED = ("regularizer", "lambda_query", "lambda_passage", "threshold_query", "threshold_passage", "budget")
-SPLADE_ONLY = (*_REGULARIZED, "initial_active_dims", "head_warmup_steps", "expansion", "static_weights", "static_frozen")
+SPLADE_ONLY = (
+    *_REGULARIZED,
+    "initial_active_dims",
+    "residual_scale",
+    "head_warmup_steps",
+    "expansion",
+    "static_weights",
+    "static_frozen",
+)
 CSR_ONLY = ("hidden_dim", "k", "k_aux", "freeze_body")
 
 
@@ -173,6 +181,11 @@ def _check_rows(recipe: Recipe) -> None:
             raise ValueError(
                 f'[student] expansion = "{student.expansion}" beside [labels] kind = "embedding": queries and passages stand in '
                 'one column, which takes one route; set expansion = "both"'
+            )
+        if student.query_prompt != student.passage_prompt:
+            raise ValueError(
+                f"[student] query_prompt = {student.query_prompt!r} and passage_prompt = {student.passage_prompt!r} beside "
+                '[labels] kind = "embedding": queries and passages stand in one column, which takes one prompt; make them equal'
             )
 
 

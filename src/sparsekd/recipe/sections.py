@@ -187,6 +187,9 @@ class Student(_Section):
     initial_active_dims: int | None = Field(default=None, ge=1)
     """Lower the output bias so that a sample of passages starts with this many active dims on average; needs an encoder without a
     head. None leaves the bias at zero, where nearly the whole vocabulary is active."""
+    residual_scale: float = Field(default=1.0, gt=0, le=1)
+    """Multiply what each layer's attention and feed-forward add to a token by this before training; needs an encoder without a
+    head. Below 1 a token's last state says more of its own word: untrained, .5 to .7 ranks best (docs/numbers.md). 1 keeps them."""
     head_warmup_steps: int = Field(default=0, ge=0)
     """Masked-LM steps on the collection's own passages, head only, before anything else; for a head that starts as the identity."""
     expansion: Literal["both", "passage", "query"] = "both"

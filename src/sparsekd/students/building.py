@@ -102,6 +102,11 @@ def _check_head(student: Student, folder: Path) -> None:
             f"[student] initial_active_dims: {student.model} brings a trained masked-LM head, whose bias is left alone; "
             "remove the key"
         )
+    if student.residual_scale != 1:
+        raise ValueError(
+            f"[student] residual_scale = {student.residual_scale:g}: {student.model} brings a trained masked-LM head, which "
+            "expects the body as it is; remove the key"
+        )
     if student.head_warmup_steps:
         raise ValueError(
             f"[student] head_warmup_steps: {student.model} brings a trained masked-LM head, which needs no warm-up; remove the key"

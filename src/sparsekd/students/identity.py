@@ -14,7 +14,7 @@ from sparsekd.recipe.rules import is_custom, wrapper_of
 
 STUDENT_VERSION = 2
 """Raised when the same fields would give another untrained student."""
-TRAINING_VERSION = 2
+TRAINING_VERSION = 3
 """Raised when the same fields would give another trained student."""
 _REGULARIZER = {"regularizer", "lambda_query", "lambda_passage", "threshold_query", "threshold_passage", "budget"}
 _RAMP = {"lambda_schedule", "lambda_warmup_ratio"}
@@ -34,6 +34,7 @@ def student_fields(student: Student) -> dict[str, Any]:
     else:
         acting |= {"expansion", "initial_active_dims", "head_warmup_steps"}
         acting |= {"static_weights"} if student.expansion != "both" else set()
+        acting |= {"residual_scale"} if student.residual_scale != 1 else set()
     return {
         "version": f"students v{STUDENT_VERSION}",
         "weights": weights_identity(resolve(student.model).path),

@@ -31,6 +31,17 @@ _HEAD_BY_TYPE = {
 }
 
 
+# The two layers of each block whose output is added to a token, as names end, by model type.
+_RESIDUALS_BY_TYPE = {
+    "bert": ("attention.output.dense", "output.dense"),
+    "distilbert": ("attention.out_lin", "ffn.lin2"),
+    "roberta": ("attention.output.dense", "output.dense"),
+    "xlm-roberta": ("attention.output.dense", "output.dense"),
+    "camembert": ("attention.output.dense", "output.dense"),
+    "mpnet": ("attention.attn.o", "output.dense"),
+}
+
+
 def has_masked_lm_head(folder: Path) -> bool:
     """Tell from ``config.json`` whether the checkpoint brings its own masked-LM head."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -92,3 +103,14 @@ def _start_as_identity(masked_lm: PreTrainedModel, student: Student) -> None:
         norm.get_parameter("weight").fill_(1.0)
         norm.get_parameter("bias").zero_()
         output.bias.zero_()
+        if student.residual_scale != 1:
+            _scale_residuals(masked_lm, student.residual_scale)
+
+
+def _scale_residuals(masked_lm: PreTrainedModel, scale: float) -> None:
+    """Let a token keep more of its own word: attention and feed-forward add ``scale`` times what they would."""
+    endings = tuple(f".{ending}" for ending in _RESIDUALS_BY_TYPE[masked_lm.config.model_type])
+    for name, module in masked_lm.base_model.named_modules():
+        if name.endswith(endings):
+            for parameter in module.parameters():
+                parameter.mul_(scale)

@@ -54,6 +54,7 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, An
     (SPLADE, KL, {"query_prompt": "q: "}, {}, True, True),
     (SPLADE, KL, {"passage_prompt": "p: "}, {}, True, True),
     (SPLADE, KL, {"initial_active_dims": 50}, {}, True, True),
+    (SPLADE, KL, {"residual_scale": 0.5}, {}, True, True),
     (SPLADE, KL, {"head_warmup_steps": 5}, {}, True, True),
     (SPLADE, KL, {"expansion": "passage"}, {}, True, True),
     (STATIC, KL, {"static_weights": "ones"}, {}, True, True),

@@ -127,6 +127,47 @@ def test_other_architectures_start_as_the_identity_too(
     assert_starts_as_identity(model, AutoModel.from_pretrained(folder).eval(), texts)
 
 
+@pytest.mark.parametrize(
+    ("class_name", "config"), [("BertModel", None), ("DistilBertModel", tiny_distilbert), ("RobertaModel", tiny_roberta)]
+)
+def test_residual_scale_scales_what_each_layer_adds_and_nothing_else(
+    tmp_path: Path, tiny_headless_folder: Path, student_section: Section, class_name: str, config: Any
+) -> None:
+    vocab_size = json.loads((tiny_headless_folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    variant = tmp_path / "variant"
+    folder = tiny_headless_folder if config is None else save_variant(class_name, config(vocab_size), tiny_headless_folder, variant)
+
+    whole, scaled = (
+        dict(build_student(student_section(folder, residual_scale=scale), folder)[0].model.named_parameters())
+        for scale in (1.0, 0.25)
+    )
+
+    weights = {name for name, value in scaled.items() if not torch.equal(value, whole[name])}
+    assert all(torch.equal(scaled[name], 0.25 * whole[name]) for name in weights)
+    names = sorted(name.partition("layer.")[2] for name in weights if name.endswith("weight"))
+    feed_forward, attention = (
+        ("ffn.lin2", "attention.out_lin") if class_name == "DistilBertModel" else ("output.dense", "attention.output.dense")
+    )
+    assert names == sorted(f"{layer}.{part}.weight" for layer in (0, 1) for part in (feed_forward, attention))
+
+
+def test_the_less_a_layer_adds_the_nearer_a_token_stays_to_its_word(
+    student_section: Section, tiny_headless_folder: Path, texts: list[str]
+) -> None:
+    shares = []
+    for scale in (1.0, 0.5, 1e-6):
+        model = build_student(student_section(tiny_headless_folder, residual_scale=scale), tiny_headless_folder)
+        features = model[0].preprocess(texts)
+        with torch.inference_mode():
+            logits_BLV = model[0](features)["token_embeddings"]
+        is_token = features["attention_mask"].bool()
+        ids_T = features["input_ids"][is_token]
+        rank_T = (logits_BLV[is_token] > logits_BLV[is_token].gather(1, ids_T[:, None])).sum(dim=1)
+        shares.append(float((rank_T == 0).float().mean()))
+
+    assert shares[0] < shares[1] <= shares[2]
+
+
 def test_building_twice_gives_equal_students(student_section: Section, tiny_headless_folder: Path, texts: list[str]) -> None:
     build = [build_student(student_section(tiny_headless_folder), tiny_headless_folder) for _ in range(2)]
 
@@ -272,6 +313,11 @@ def test_a_tokenizer_of_another_model_is_refused(
         ValueError, match=r"its tokenizer gives ids up to 2\d\d, its embeddings have 64 rows; expected the tokenizer"
     ):
         build_student(student_section(folder, kind=kind, k_aux=16, k=8), folder)
+
+
+def test_the_body_of_a_trained_head_is_not_scaled(student_section: Section, tiny_masked_lm_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"residual_scale = 0.5: .* brings a trained masked-LM head, which expects the body"):
+        build_student(student_section(tiny_masked_lm_folder, residual_scale=0.5), tiny_masked_lm_folder)
 
 
 @pytest.mark.parametrize("setting", ["initial_active_dims", "head_warmup_steps"])

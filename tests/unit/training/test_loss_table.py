@@ -283,6 +283,15 @@ def test_a_loss_on_labels_that_it_cannot_read_is_refused(kind: str, loss: str) -
             },
             '[student] expansion = "passage" beside [labels] kind = "embedding": queries and passages stand in one column',
         ),
+        (
+            {
+                "labels": {"kind": "embedding"},
+                "training": {"loss": MSE},
+                "teachers": [SPARSE_TEACHER],
+                "student": {"query_prompt": "q: "},
+            },
+            "[student] query_prompt = 'q: ' and passage_prompt = '' beside [labels] kind = ",
+        ),
         # losses
         (
             {"labels": {"kind": "none", "num_negatives": 4}, "training": {"loss": TRIPLET}},
