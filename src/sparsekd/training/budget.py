@@ -2,10 +2,11 @@
 
 A side without a budget follows sentence-transformers' ramp: 0 at step 0, the final value after ``warmup_ratio`` of the steps. A
 side with one is steered (``Feedback``): active dims of each global batch are compared with a path that goes geometrically from
-where training starts down to the budget and stays there, and log lambda moves against the difference. Batches are a biased sample
-of a collection and dropout changes what is active, so now and then a probe (a fixed sample of texts, as encode_query and
-encode_document have them) says by what factor to correct. Costs nothing but the probe. One object per run; its state is saved with
-each checkpoint, and a resumed run has the same lambdas to the bit.
+where training starts down to the budget and stays there, and log lambda moves against the difference. A batch's few short queries
+say little: every few steps a fixed sample of queries is measured in their place, the same texts each time and so without noise.
+Batches are a biased sample of a collection and dropout changes what is active, so now and then a larger sample of both sides, as
+encode_query and encode_document have them, says by what factor to correct. Costs nothing but these probes. One object per run; its
+state is saved with each checkpoint, and a resumed run has the same lambdas to the bit.
 """
 
 from __future__ import annotations
@@ -13,27 +14,38 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from sparsekd.training import ranks
-from sparsekd.training.feedback import Feedback, Plan
+from sparsekd.training.feedback import SMOOTHING, Feedback, Plan
 
 logger = logging.getLogger(__name__)
 
 Schedule = Literal["quadratic", "linear"]
-Probe = Callable[[], tuple[float, float]]
-"""Mean active dims of a fixed sample of queries and of passages, as the student encodes them now; equal on every process."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Measures mean active dims of fixed samples of texts, as the student encodes them now; equal on every process."""
+
+    few_queries: Callable[[], float]
+    """Of queries few and short enough to be measured every few steps."""
+    both: Callable[[], tuple[float, float]]
+    """Of more queries, and of passages."""
+
 
 REGULARIZERS = {"query": "query_regularizer", "passage": "document_regularizer"}
 """The loss's attribute by side; ``_weight`` and ``_loss`` after it name its lambda and its part of the loss."""
 TOLERANCE = 0.1
 """Relative distance from the budget within which it counts as met."""
 
-_PROBES = (0.3, 0.5, 0.7, 0.85)  # shares of the run; the end, where lambda has little power left, needs none
+_PROBES = (0.3, 0.5, 0.7, 0.85)  # shares of the run at which both sides are probed, beside its end
+_QUERY_STEPS = 4  # between probes of few queries: 64 of 10 tokens cost a fiftieth of 4 steps of 8 rows
+_QUERY_SMOOTHING = 0.5  # of probes of the same queries, which have no noise but that of terms at their threshold
 
 
 def ramp(step: int, warmup_steps: int, schedule: Schedule) -> float:
@@ -72,8 +84,9 @@ class LambdaControl(TrainerCallback, ExportableState):
         self.warmup_ratio = warmup_ratio
         self.final: dict[str, float | None] = {side: getattr(loss, f"{name}_weight") for side, name in REGULARIZERS.items()}
         budgets = {"query": query_budget, "passage": passage_budget}
+        smoothing = {"query": _QUERY_SMOOTHING if probe else SMOOTHING, "passage": SMOOTHING}
         self.feedback = {
-            side: Feedback(budget, _checked_guess(side, budget, self.final[side], vocabulary_size))
+            side: Feedback(budget, _checked_guess(side, budget, self.final[side], vocabulary_size), smoothing=smoothing[side])
             for side, budget in budgets.items()
             if budget is not None
         }
@@ -108,15 +121,23 @@ class LambdaControl(TrainerCallback, ExportableState):
         step = state.global_step - 1
         main, penalties = self._loss_values()
         for side, feedback in self.feedback.items():
-            feedback.observe(getattr(self.loss, REGULARIZERS[side]).active_dims, main, penalties[side], step, self._plan)
-        if self._probe is not None and step in self._probe_steps:
-            dims = dict(zip(REGULARIZERS, self._probe(), strict=True))
+            feedback.observe(self._measured(side, step), main, penalties[side], step, self._plan)
+        is_last = state.global_step >= state.max_steps
+        if self._probe is not None and (step in self._probe_steps or is_last):
+            dims = dict(zip(REGULARIZERS, self._probe.both(), strict=True))
             for side, feedback in self.feedback.items():
                 feedback.calibrate(dims[side], step, self._plan)
             logger.info("step %d: active dims of a sample: %.1f query, %.1f passage", state.global_step, *dims.values())
-        if state.global_step >= state.max_steps:
+        if is_last:
             for side, feedback in self.feedback.items():
                 _report(side, feedback)
+
+    def _measured(self, side: str, step: int) -> float | None:
+        """Return the active dims that ``step`` shows of one side: the batch's, or of queries the probe's where there is one."""
+        if side == "query" and self._probe is not None:
+            return None if step % _QUERY_STEPS else self._probe.few_queries()
+        dims: float = getattr(self.loss, REGULARIZERS[side]).active_dims
+        return dims
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add to the log entry the active dims that feedback goes by, and its pressure."""

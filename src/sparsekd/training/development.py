@@ -26,7 +26,7 @@ from sparsekd.artifact import IntegrityError, checksum_of_file, fsync_path, temp
 from sparsekd.collection.beir import Collection
 from sparsekd.recipe import Training
 from sparsekd.training import ranks
-from sparsekd.training.budget import TOLERANCE, saved_attributes
+from sparsekd.training.budget import TOLERANCE, Probe, saved_attributes
 
 if TYPE_CHECKING:
     from sentence_transformers import SparseEncoder
@@ -37,6 +37,8 @@ FirstStage = Callable[[Sequence[str], int], Sequence[Sequence[str]]]
 """(query texts, depth) -> each query's best passage_ids, at most depth."""
 
 _CHUNK = 64  # vectors held dense at once: 8 MB at 30,522 terms
+_PROBED = 128  # texts of either side: over whole collections such a sample gave 119.6 for 120 and 200.4 for 200
+_PROBED_OFTEN = 64
 
 
 @dataclass(frozen=True)
@@ -122,22 +124,22 @@ def encode_sparse(model: SparseEncoder, texts: Sequence[str], role: str) -> torc
     return torch.cat(parts).coalesce()
 
 
-def sample_probe(model: SparseEncoder, collection: Collection, num_texts: int = 128) -> Callable[[], tuple[float, float]]:
-    """Return a probe for ``LambdaControl``: mean active dims of ``num_texts`` train queries and passages, those of smallest hash.
-
-    128: over whole collections such a sample gave 119.6 for 120 and 200.4 for 200. The first process measures for all.
-    """
+def sample_probe(model: SparseEncoder, collection: Collection) -> Probe:
+    """Return the probe of train queries and of passages, those of smallest hash. The first process measures for all."""
     train = {query_id: collection.queries[query_id] for query_id in collection.qrels.get("train", {})}
-    samples = [(role, _sample(texts, num_texts)) for role, texts in (("query", train), ("passage", collection.passages))]
+    queries, passages = _sample(train, _PROBED), _sample(collection.passages, _PROBED)
 
-    def probe() -> tuple[float, float]:
+    def measure(*samples: tuple[str, list[str]]) -> list[float]:
         found = None
         if ranks.is_first():
             found = [float(encode_sparse(model, texts, role)._nnz()) / len(texts) for role, texts in samples]
-        query_dims, passage_dims = ranks.from_first(found) or (0.0, 0.0)
+        return ranks.from_first(found) or []
+
+    def both() -> tuple[float, float]:
+        query_dims, passage_dims = measure(("query", queries), ("passage", passages))
         return query_dims, passage_dims
 
-    return probe
+    return Probe(few_queries=lambda: measure(("query", queries[:_PROBED_OFTEN]))[0], both=both)
 
 
 class DevSelection(TrainerCallback, ExportableState):

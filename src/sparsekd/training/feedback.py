@@ -19,7 +19,8 @@ from dataclasses import dataclass
 _GAIN = 2.0  # in log pressure, per e-fold of active dims above the path
 _INTEGRAL_STEPS = 40.0  # steps after which a constant error has counted once more
 _AHEAD_STEPS = 25  # Adam's first moment carries a change for 10 steps, the smoothing hides it for 10 more
-_SMOOTHING = 0.1  # of active dims: log dims of 8 queries vary by .2 from batch to batch, of 32 passages by .05
+SMOOTHING = 0.1
+"""Share of a new measurement in the smoothed active dims: log dims of 32 passages vary by .05 from batch to batch."""
 _SCALE_SMOOTHING = 0.1  # of main loss / penalty
 _LARGEST_ERROR = 1.0  # more says no more than "far off", and would wind the integral up
 _LARGEST_MOVE = 0.5  # of log pressure in one step
@@ -86,6 +87,10 @@ class Feedback:
     """log(probe / batch): what is added to y of a batch."""
     start: float = 0.0
     """Where the path starts."""
+    smoothing: float = SMOOTHING
+    """Share of a new measurement in ``level``."""
+    last: int = 0
+    """The step before whose update active dims were last measured; ``level`` is theirs."""
     num_seen: int = 0
     num_probed: int = 0
 
@@ -104,34 +109,39 @@ class Feedback:
         """Whether lambda is so low that it hardly counts."""
         return self.pressure is not None and self.pressure <= _PRESSURES[0] / 2
 
-    def observe(self, active_dims: float, main: float, penalty: float, step: int, plan: Plan) -> None:
-        """Take in the batch of ``step`` (from 0), measured before the step's update, and move lambda.
+    def observe(self, active_dims: float | None, main: float, penalty: float, step: int, plan: Plan) -> None:
+        """Take in what ``step`` (from 0) found before its update, and move lambda.
 
-        ``main``: the main loss; ``penalty``: the regularizer without lambda. Where one is not positive the last known ratio stands.
+        ``active_dims``: None where they were not measured in this step. ``main``: the main loss; ``penalty``: the regularizer
+        without lambda. Where one of these is not positive the last known ratio stands.
         """
-        self._follow(_log(active_dims) + self.correction, step, plan)
+        if active_dims is not None:
+            self._follow(_log(active_dims) + self.correction, step, plan)
         if main > 0 and penalty > 0:
             ratio = math.log(main / penalty)
             self.scale = ratio if self.scale is None else self.scale + _SCALE_SMOOTHING * (ratio - self.scale)
-        if self.scale is None:
+        if self.scale is None or not self.num_seen:
             return
         if self.pressure is None:
             self.integral = self.pressure = _clipped(math.log(self.guess) - self.scale, *_FIRST_PRESSURES)
         if step <= plan.first:
             self.start = self.level
         ahead = min(step + _AHEAD_STEPS, plan.num_steps)
-        error = self.level + self.slope * plan.rate_between(step, ahead) - self._path(ahead, plan)
+        error = self._expected(ahead, plan) - self._path(ahead, plan)
         self._steer(self.pressure, _clipped(error, -_LARGEST_ERROR, _LARGEST_ERROR), max(plan.rate(step + 1), _LEAST_RATE))
 
     def calibrate(self, active_dims: float, step: int, plan: Plan) -> None:
-        """Take in the probe's active dims, measured after the update of ``step``: later batches are corrected to them."""
-        expected = self.level + self.slope * plan.rate(step)
+        """Take in the probe's active dims, measured after the update of ``step``: later measurements are corrected to them."""
         self.num_probed += 1
         # The first counts whole, the next as means with what was known: the level they are compared with is noisy.
-        change = (_log(active_dims) - expected) / min(self.num_probed, _PROBE_MEMORY)
+        change = (_log(active_dims) - self._expected(step + 1, plan)) / min(self.num_probed, _PROBE_MEMORY)
         self.correction += change
         self.level += change
         self.start += change
+
+    def _expected(self, step: int, plan: Plan) -> float:
+        """Return y before the update of ``step``, drawn out from the last measurement."""
+        return self.level + self.slope * plan.rate_between(self.last, step)
 
     def _steer(self, pressure: float, error: float, rate: float) -> None:
         # Late in the run the same pressure moves dims less. Not so in the warm-up, where nothing is known yet.
@@ -143,16 +153,15 @@ class Feedback:
         self.pressure = pressure + _clipped(allowed - pressure, -_LARGEST_MOVE, _LARGEST_MOVE)
 
     def _follow(self, y: float, step: int, plan: Plan) -> None:
-        self.num_seen += 1
+        expected, moved = self._expected(step, plan), plan.rate_between(self.last, step)
+        self.num_seen, self.last = self.num_seen + 1, step
         if self.num_seen == 1:
             self.level = y
             return
-        rate = plan.rate(step - 1)
-        expected = self.level + self.slope * rate
-        self.level = expected + max(_SMOOTHING, 1 / self.num_seen) * (y - expected)
-        # beta = alpha² / (2 − alpha), divided by the rate; but for small rates, where slopes are noise, less.
-        beta = _SMOOTHING**2 / (2 - _SMOOTHING)
-        self.slope += beta * (y - expected) * rate / (rate**2 + 0.05)
+        self.level = expected + max(self.smoothing, 1 / self.num_seen) * (y - expected)
+        # beta = alpha² / (2 − alpha), divided by the rates in between; but for small ones, where slopes are noise, less.
+        beta = self.smoothing**2 / (2 - self.smoothing)
+        self.slope += beta * (y - expected) * moved / (moved**2 + 0.05)
 
     def _path(self, step: int, plan: Plan) -> float:
         share = plan.progress(step)

@@ -23,7 +23,7 @@ from transformers import TrainerControl, TrainerState, get_linear_schedule_with_
 from sparsekd.collection.beir import Collection
 from sparsekd.labels.score_table import ScoreTable
 from sparsekd.recipe import Recipe
-from sparsekd.training.budget import LambdaControl, ramp
+from sparsekd.training.budget import LambdaControl, Probe, ramp
 from sparsekd.training.feedback import Feedback, Plan
 from sparsekd.training.fit import train
 
@@ -102,9 +102,15 @@ class ToyRun:
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=learning_rate)
         self.scheduler = get_linear_schedule_with_warmup(self.optimizer, steps // 10, steps)
         self.generator = torch.Generator().manual_seed(2)
+        self.settings = settings
         self.control = LambdaControl(self.loss, **settings)
         self.state = TrainerState(max_steps=steps, stateful_callbacks=[self.control])
         self.lambdas: list[tuple[float, float]] = []
+
+    def probe_with(self, both: Callable[[], tuple[float, float]]) -> None:
+        """Start anew with a probe."""
+        self.control = LambdaControl(self.loss, probe=Probe(lambda: both()[0], both), **self.settings)
+        self.state.stateful_callbacks = [self.control]
 
     def event(self, name: str) -> None:
         getattr(self.control, name)(ARGUMENTS, self.state, TrainerControl(), lr_scheduler=self.scheduler)
@@ -171,7 +177,7 @@ def test_active_dims_end_within_a_tenth_of_both_budgets_from_a_first_guess_a_hun
     kind: str, guess: float, factor: float
 ) -> None:
     run = ToyRun(kind, (guess * factor, guess * factor), 240, query_budget=40.0, passage_budget=80.0)
-    run.control._probe = run.dims
+    run.probe_with(run.dims)
     before = run.dims()
     run.event("on_train_begin")
 
@@ -260,7 +266,7 @@ def test_a_vector_without_active_dims_or_a_loss_of_zero_leaves_lambda_finite() -
 def test_a_probe_corrects_what_batches_show_by_its_factor() -> None:
     run = ToyRun("margin", (100.0, 100.0), 240, query_budget=40.0, passage_budget=80.0)
     # As if the collection's texts had a fifth fewer active dims than the batches'.
-    run.control._probe = lambda: (run.dims()[0] * 0.8, run.dims()[1] * 0.8)
+    run.probe_with(lambda: (run.dims()[0] * 0.8, run.dims()[1] * 0.8))
     run.event("on_train_begin")
 
     run.steps(240)

@@ -19,6 +19,7 @@ from sparsekd.artifact import IntegrityError
 from sparsekd.collection.beir import Collection
 from sparsekd.recipe import Recipe
 from sparsekd.students.building import build_student
+from sparsekd.training import development
 from sparsekd.training.development import DevPool, DevSelection, dev_pool, encode_sparse, measure_pool, sample_probe
 
 STEPS = 40
@@ -150,16 +151,21 @@ def test_encoding_gives_the_librarys_vectors_and_leaves_mode_and_random_numbers_
     torch.testing.assert_close(vectors.to_dense(), student.encode_document(texts, convert_to_sparse_tensor=False).cpu())
 
 
-def test_the_probe_is_the_mean_of_a_sample_by_hash(student: SparseEncoder, collection: Collection) -> None:
-    probe = sample_probe(student, collection, num_texts=3)
+def test_the_probe_is_the_mean_of_a_sample_by_hash(
+    student: SparseEncoder, collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(development, "_PROBED", 3)
+    monkeypatch.setattr(development, "_PROBED_OFTEN", 2)
+    probe = sample_probe(student, collection)
 
-    query_dims, passage_dims = probe()
+    query_dims, passage_dims = probe.both()
+    few_query_dims = probe.few_queries()
 
     train = {query_id: collection.queries[query_id] for query_id in collection.qrels["train"]}
-    for texts, found in ((train, query_dims), (collection.passages, passage_dims)):
-        ids = sorted(texts, key=lambda text_id: hashlib.sha256(text_id.encode()).digest())[:3]
+    for texts, count, found in ((train, 3, query_dims), (train, 2, few_query_dims), (collection.passages, 3, passage_dims)):
+        ids = sorted(texts, key=lambda text_id: hashlib.sha256(text_id.encode()).digest())[:count]
         vectors = student.encode([texts[text_id] for text_id in ids], convert_to_sparse_tensor=False)
-        assert found == pytest.approx(float((vectors > 0).sum()) / 3)
+        assert found == pytest.approx(float((vectors > 0).sum()) / count)
 
 
 def test_the_best_student_is_back_at_the_end_and_every_measurement_in_the_log(
