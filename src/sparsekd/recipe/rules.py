@@ -147,6 +147,13 @@ def _check_student(recipe: Recipe) -> None:
         _refuse_set(student, (f"lambda_{side}", f"threshold_{side}"), reason)
         if student.budget is not None and getattr(student.budget, f"{side}_active_dims") is not None:
             raise ValueError(f"[student.budget] {side}_active_dims {reason}; remove the key")
+    if recipe.training.static_learning_rate is not None and (student.expansion == "both" or student.static_frozen):
+        none = f'expansion = "{student.expansion}" has none'
+        why = "static_frozen = true leaves it as it starts" if student.static_frozen else none
+        raise ValueError(
+            f"[training] static_learning_rate = {recipe.training.static_learning_rate:g} is for the table of a side without a "
+            f"transformer, and [student] {why}; remove the key"
+        )
     if student.budget is not None and student.budget.query_active_dims is None and student.budget.passage_active_dims is None:
         raise ValueError("[student.budget] is empty; set query_active_dims, passage_active_dims or both, or remove the section")
     if student.lora_rank is None:

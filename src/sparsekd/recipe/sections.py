@@ -261,6 +261,9 @@ class Training(_Section):
     """Optimizer steps; None derives them from epochs."""
     learning_rate: float = Field(default=2e-5, gt=0)
     """Peak learning rate of AdamW, reached after warmup, then linear to zero."""
+    static_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the table of a side without a transformer. Its weights are of the size of an IDF, some 5, and hardly
+    move at a transformer's rate. None takes learning_rate."""
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps spent warming up."""
     weight_decay: float = Field(default=0.01, ge=0)

@@ -94,6 +94,7 @@ def _idle(recipe: Recipe) -> set[str]:
     idle |= {"temperature"} if not names & _TEMPERED else set()
     idle |= {"scale"} if not names & _SCALED else set()
     idle |= {"triplet_margin"} if "SparseTripletLoss" not in names else set()
+    idle |= {"static_learning_rate"} if training.static_learning_rate is None else set()
     idle |= {"csr_beta", "csr_gamma"} if wrapper_of(recipe) != "CSRLoss" else set()
     idle |= _RAMP if not _is_regularized(recipe) else set()
     return idle | ({"dev_queries", "dev_depth"} if training.dev_steps is None else set())

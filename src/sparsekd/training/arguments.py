@@ -49,6 +49,7 @@ def training_arguments(
         # not share it. Other rows are left over in each epoch.
         dataloader_drop_last=num_rows >= training.batch_size,
         learning_rate=training.learning_rate,
+        learning_rate_mapping=_rates_of_their_own(recipe),
         lr_scheduler_type="linear",
         warmup_steps=training.warmup_ratio,
         weight_decay=training.weight_decay,
@@ -75,6 +76,15 @@ def training_arguments(
     # and FLOPS would be taken over a share of the batch.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _rates_of_their_own(recipe: Recipe) -> dict[str, float]:
+    """Return the learning rate by pattern of parameter names, for those that have another than the rest."""
+    rate, expansion = recipe.training.static_learning_rate, recipe.student.expansion
+    if rate is None:
+        return {}
+    side = {"passage": "query", "query": "document"}[expansion]
+    return {rf"sub_modules\.{side}\.0\.weight$": rate}
 
 
 def _rows_per_process(recipe: Recipe, num_rows: int) -> int:

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from sparsekd.training import ranks
-from sparsekd.training.feedback import SMOOTHING, Feedback, Plan
+from sparsekd.training.feedback import Feedback, Plan
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,10 @@ REGULARIZERS = {"query": "query_regularizer", "passage": "document_regularizer"}
 TOLERANCE = 0.1
 """Relative distance from the budget within which it counts as met."""
 
-_PROBES = (0.3, 0.5, 0.7, 0.85)  # shares of the run at which both sides are probed, beside its end
-_QUERY_STEPS = 4  # between probes of few queries: 64 of 10 tokens cost a fiftieth of 4 steps of 8 rows
-_QUERY_SMOOTHING = 0.5  # of probes of the same queries, which have no noise but that of terms at their threshold
+_PROBES = (0.3, 0.5, 0.7, 0.85, 0.93)  # shares of the run at which both sides are probed, beside its end
+_QUERY_STEPS = 4  # between probes of few queries: 96 of 9 tokens cost 3 % of 4 steps of 8 rows
+# A probe of the same queries each time has no noise but that of terms at their threshold.
+_QUERY_SETTINGS = {"smoothing": 0.7, "memory": 1}
 
 
 def ramp(step: int, warmup_steps: int, schedule: Schedule) -> float:
@@ -84,9 +85,9 @@ class LambdaControl(TrainerCallback, ExportableState):
         self.warmup_ratio = warmup_ratio
         self.final: dict[str, float | None] = {side: getattr(loss, f"{name}_weight") for side, name in REGULARIZERS.items()}
         budgets = {"query": query_budget, "passage": passage_budget}
-        smoothing = {"query": _QUERY_SMOOTHING if probe else SMOOTHING, "passage": SMOOTHING}
+        settings: dict[str, dict[str, Any]] = {"query": _QUERY_SETTINGS if probe else {}, "passage": {}}
         self.feedback = {
-            side: Feedback(budget, _checked_guess(side, budget, self.final[side], vocabulary_size), smoothing=smoothing[side])
+            side: Feedback(budget, _checked_guess(side, budget, self.final[side], vocabulary_size), **settings[side])
             for side, budget in budgets.items()
             if budget is not None
         }
@@ -123,6 +124,7 @@ class LambdaControl(TrainerCallback, ExportableState):
         for side, feedback in self.feedback.items():
             feedback.observe(self._measured(side, step), main, penalties[side], step, self._plan)
         is_last = state.global_step >= state.max_steps
+        dims = {side: feedback.active_dims or 0.0 for side, feedback in self.feedback.items()}
         if self._probe is not None and (step in self._probe_steps or is_last):
             dims = dict(zip(REGULARIZERS, self._probe.both(), strict=True))
             for side, feedback in self.feedback.items():
@@ -130,7 +132,7 @@ class LambdaControl(TrainerCallback, ExportableState):
             logger.info("step %d: active dims of a sample: %.1f query, %.1f passage", state.global_step, *dims.values())
         if is_last:
             for side, feedback in self.feedback.items():
-                _report(side, feedback)
+                _report(side, feedback, dims[side])
 
     def _measured(self, side: str, step: int) -> float | None:
         """Return the active dims that ``step`` shows of one side: the batch's, or of queries the probe's where there is one."""
@@ -207,8 +209,8 @@ def _relative_rates(scheduler: Any, num_steps: int) -> list[float]:
     return [rate / peak for rate in rates]
 
 
-def _report(side: str, feedback: Feedback) -> None:
-    dims, budget = feedback.active_dims or 0.0, feedback.budget
+def _report(side: str, feedback: Feedback, dims: float) -> None:
+    budget = feedback.budget
     message = f"budget: {side} vectors have about {dims:.1f} active dims of {budget:g}, lambda_{side} {feedback.weight:.3g}"
     if abs(dims / budget - 1) <= TOLERANCE:
         logger.info("%s", message)

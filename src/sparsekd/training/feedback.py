@@ -29,7 +29,8 @@ _LEAST_RATE = 0.3  # the gain grows as the learning rate falls, down to this sha
 # below .003 the penalty has none.
 _PRESSURES = (math.log(3e-3), math.log(3.0))
 _FIRST_PRESSURES = (math.log(0.03), math.log(0.3))  # a first guess outside of these is moved to the nearer
-_PROBE_MEMORY = 3  # later probes count for a third at least
+MEMORY = 3
+"""Calibrations that count: the level of noisy batches, which a calibration is compared with, is further off than that is."""
 
 
 class Plan:
@@ -89,6 +90,8 @@ class Feedback:
     """Where the path starts."""
     smoothing: float = SMOOTHING
     """Share of a new measurement in ``level``."""
+    memory: int = MEMORY
+    """Calibrations whose mean corrects; 1 where measurements have no noise."""
     last: int = 0
     """The step before whose update active dims were last measured; ``level`` is theirs."""
     num_seen: int = 0
@@ -133,8 +136,7 @@ class Feedback:
     def calibrate(self, active_dims: float, step: int, plan: Plan) -> None:
         """Take in the probe's active dims, measured after the update of ``step``: later measurements are corrected to them."""
         self.num_probed += 1
-        # The first counts whole, the next as means with what was known: the level they are compared with is noisy.
-        change = (_log(active_dims) - self._expected(step + 1, plan)) / min(self.num_probed, _PROBE_MEMORY)
+        change = (_log(active_dims) - self._expected(step + 1, plan)) / min(self.num_probed, self.memory)
         self.correction += change
         self.level += change
         self.start += change

@@ -154,7 +154,8 @@ def test_encoding_gives_the_librarys_vectors_and_leaves_mode_and_random_numbers_
 def test_the_probe_is_the_mean_of_a_sample_by_hash(
     student: SparseEncoder, collection: Collection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(development, "_PROBED", 3)
+    monkeypatch.setattr(development, "_PROBED_QUERIES", 3)
+    monkeypatch.setattr(development, "_PROBED_PASSAGES", 3)
     monkeypatch.setattr(development, "_PROBED_OFTEN", 2)
     probe = sample_probe(student, collection)
 

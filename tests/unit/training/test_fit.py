@@ -170,7 +170,27 @@ def test_a_masked_lm_student_trains(
     assert not trained.model.training
 
 
+@pytest.mark.parametrize(("expansion", "side"), [("passage", "query"), ("query", "document")])
+def test_the_table_of_a_static_side_learns_at_its_own_rate_and_the_transformer_at_its(
+    make_recipe: Callable[..., Recipe], fit: Callable[..., TrainedStudent], collection: Collection, expansion: str, side: str
+) -> None:
+    settings: dict[str, Any] = {"student": {"expansion": expansion}, "loss": MARGIN_MSE, "max_steps": 1, "warmup_ratio": 0.0}
+    recipe = make_recipe(**settings)
+    own, same = fit(make_recipe(**settings, static_learning_rate=0.5)), fit(recipe)
+
+    tables, rest = [], []
+    for trained in (own, same):
+        start = dict(untrained_student(recipe, collection).named_parameters())
+        moved = {name: (value - start[name]).abs().max().item() for name, value in trained.model.named_parameters()}
+        tables.append(moved.pop(f"0.sub_modules.{side}.0.weight"))
+        rest.append(max(moved.values()))
+    assert tables[0] == pytest.approx(0.5, rel=0.05)  # AdamW's first step moves each weight that has a gradient by its rate
+    assert tables[1] < 0.05
+    assert rest[0] == pytest.approx(rest[1], rel=0.5)
+
+
 STUDENTS: dict[str, dict[str, Any]] = {
+    "inference-free, a rate of its own": {"student": {"expansion": "passage", "dropout": 0.1}, "static_learning_rate": 0.1},
     "inference-free": {"student": {"expansion": "passage", "dropout": 0.1}},
     "query expansion only": {"student": {"expansion": "query", "dropout": 0.1}},
     "frozen table": {"student": {"expansion": "passage", "static_frozen": True}},

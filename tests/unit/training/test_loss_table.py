@@ -384,6 +384,14 @@ def test_a_loss_on_labels_that_it_cannot_read_is_refused(kind: str, loss: str) -
         ({"student": {"k": 8}}, '[student] k = 8 acts on kind = "csr" only; remove the key'),
         ({"student": {"freeze_body": True}}, '[student] freeze_body = True acts on kind = "csr" only; remove the key'),
         ({"student": {"static_frozen": True}}, '[student] static_frozen = True needs expansion = "passage" or "query": no side is'),
+        (
+            {"training": {"static_learning_rate": 0.01}},
+            "[training] static_learning_rate = 0.01 is for the table of a side without a transformer, and [student] expansion = ",
+        ),
+        (
+            {"training": {"static_learning_rate": 0.01}, "student": {"expansion": "passage", "static_frozen": True}},
+            "and [student] static_frozen = true leaves it as it starts; remove the key",
+        ),
         ({"student": {"lora_alpha": 8.0}}, "[student] lora_alpha = 8.0 scales adapters, of which there are none: set lora_rank"),
         (
             {"student": {"kind": "csr", "lora_rank": 4, "freeze_body": True}},
