@@ -92,6 +92,7 @@ SETTINGS: list[tuple[list[str], str, set[str]]] = [
     (["student.kind=csr"], "training.csr_beta=0.2", FROM_STUDENT),
     (["student.kind=csr"], "training.csr_gamma=0.5", FROM_STUDENT),
     ([], "training.csr_gamma=0.5", NONE),
+    ([], "student.residual_scale=0.5", FROM_STUDENT),
     ([], "student.head_warmup_steps=5", FROM_STUDENT),
     ([], "student.expansion=passage", FROM_STUDENT),
     (["student.expansion=passage"], "student.static_weights=ones", FROM_STUDENT),
@@ -135,6 +136,7 @@ SETTINGS: list[tuple[list[str], str, set[str]]] = [
     (["training.max_steps=9"], "training.epochs=2.0", NONE),  # ignored beside max_steps
     ([], "training.max_steps=9", FROM_STUDENT),
     ([], "training.learning_rate=1e-3", FROM_STUDENT),
+    (["student.expansion=passage"], "training.static_learning_rate=0.01", FROM_STUDENT),
     ([], "training.warmup_ratio=0.2", FROM_STUDENT),
     ([], "training.weight_decay=0.0", FROM_STUDENT),
     ([], "training.max_grad_norm=2.0", FROM_STUDENT),
