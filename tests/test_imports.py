@@ -26,6 +26,7 @@ LINES = (
     ("plan",),
     ("dry_run", "experiment"),
     ("evaluation",),
+    ("exchange",),
     ("stage", "cli"),
 )
 LEVEL = {room: level for level, line in enumerate(LINES) for room in line}
@@ -38,6 +39,7 @@ WITHOUT_TORCH = (
     "plan",
     "dry_run",
     "experiment",
+    "exchange",
     "stage",
     "cli",
 )

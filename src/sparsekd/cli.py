@@ -1,4 +1,5 @@
-"""``sparsekd``: what one does beside a recipe. ``sparsekd bank`` shows, verifies, repairs and sweeps the score bank.
+"""``sparsekd``: what one does beside a recipe. ``sparsekd bank`` shows, verifies, repairs and sweeps the score bank; ``sparsekd
+import`` and ``sparsekd export`` exchange teacher scores with other projects.
 
 Exit 0 done, 1 damage found, 2 bad input with one line on stderr. Imports no torch.
 """
@@ -17,6 +18,7 @@ import typer
 from sparsekd.artifact import IntegrityError, differing_fields
 from sparsekd.bank import upkeep
 from sparsekd.bank.manifest import Manifest, read_identity, read_manifest, read_reference
+from sparsekd.exchange.layouts import LAYOUTS, layout_of
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -32,6 +34,7 @@ app.add_typer(bank, name="bank", help="Show, verify, repair and sweep what teach
 Cache = Annotated[Path, typer.Option("--cache", help="Folder of the bank and of everything made.")]
 Key = Annotated[str, typer.Argument(help="Key of a teacher or encoder, or the beginning of it.")]
 OptionalKey = Annotated[str | None, typer.Argument(help="Key, or the beginning of it; all without.")]
+LayoutName = Annotated[str, typer.Argument(metavar="LAYOUT", help=f"One of {', '.join(LAYOUTS)}.")]
 DEFAULT_CACHE = Path("data/cache")
 _FIGURE = re.compile(r"([\d,.]+( [kMGT]?B)?)?")
 
@@ -39,6 +42,74 @@ _FIGURE = re.compile(r"([\d,.]+( [kMGT]?B)?)?")
 @app.callback()
 def sparsekd() -> None:
     """Distil rankers into learned sparse retrievers. Experiments are recipes, run by make; this is what one does beside."""
+
+
+@app.command("import")
+def import_scores(
+    layout: LayoutName,
+    path: Annotated[Path, typer.Argument(help="File, or folder that holds the layout's files.")],
+    name: Annotated[str, typer.Option("--name", help="What the scores are; with the fields, their identity in the bank.")],
+    fields: Annotated[list[str] | None, typer.Option("--field", help="KEY=VALUE more to the identity; repeatable.")] = None,
+    collection: Annotated[
+        Path | None, typer.Option("--collection", help="BEIR folder of the ids; texts not in it are refused too.")
+    ] = None,
+    to: Annotated[str, typer.Option("--to", help="scores: into the bank. table: margins and bare triples, as a table.")] = "scores",
+    skip_unknown: Annotated[
+        bool, typer.Option("--skip-unknown", help="Leave out, and count, pairs that the collection does not have.")
+    ] = False,
+    cache: Cache = DEFAULT_CACHE,
+) -> None:
+    """Take teacher scores from another project's file; the last line is the folder they are in."""
+    with _one_line_errors():
+        from sparsekd.exchange import importing  # provenance, tables and tabular files: .3 s that `bank` need not pay
+
+        if to not in ("scores", "table"):
+            raise ValueError(f"--to {to}: expected scores or table")
+        known, statement = layout_of(layout), importing.Statement(name, _stated(fields or []))
+        if to == "table":
+            if collection is None or skip_unknown:
+                raise ValueError("--to table: needs --collection, whose ids the rows name, and has no --skip-unknown")
+            table = importing.import_table(known, path, statement, cache=cache, collection=collection)
+            repeated = table.counts["rows_dropped"]["repeated"]
+            typer.echo(f"{len(table):,} rows of kind {table.kind}; {repeated:,} repeated", err=True)
+            typer.echo(str(table.artifact.folder))
+            return
+        if skip_unknown and collection is None:
+            raise ValueError("--skip-unknown: needs --collection, whose texts are the known ones")
+        done = importing.import_scores(known, path, statement, cache=cache, collection=collection, skip_unknown=skip_unknown)
+        counts = f"{done.pairs:,} pairs: {done.added:,} added, {done.known:,} there already"
+        typer.echo(f"{counts}; {done.repeated:,} repeated, {done.unknown:,} unknown left out", err=True)
+        typer.echo(str(done.folder))
+
+
+@app.command("export")
+def export_table(
+    layout: LayoutName,
+    table: Annotated[Path, typer.Argument(help="Folder of a score table: CACHE/tables/KEY.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    collection: Annotated[
+        Path | None, typer.Option("--collection", help="BEIR folder of the texts; what the table says without.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+) -> None:
+    """Write a score table in another project's layout; the last line is the folder made."""
+    with _one_line_errors():
+        from sparsekd.exchange import exporting
+
+        num_rows = exporting.export_table(layout_of(layout), table, out, collection=collection, overwrite=overwrite)
+        typer.echo(f"{num_rows:,} rows", err=True)
+        typer.echo(str(out))
+
+
+def _stated(fields: Sequence[str]) -> dict[str, str]:
+    """Return KEY=VALUE words as a dictionary; ValueError if one is no such word or a key comes twice."""
+    stated: dict[str, str] = {}
+    for word in fields:
+        key, equals, value = word.partition("=")
+        if not key or not equals or key in stated:
+            raise ValueError(f"--field {word!r}: expected KEY=VALUE, each key once")
+        stated[key] = value
+    return stated
 
 
 @bank.command("ls")

@@ -14,6 +14,7 @@ from sparsekd.labels.building import scored_teachers
 from sparsekd.labels.rows import filter_pairs
 from sparsekd.mining.candidates import Candidates
 from sparsekd.plan import Plan
+from sparsekd.recipe import FileTeacher
 
 _BYTES_PER_PAIR = 24  # `sparsekd bank ls` says 1.46 MB for 66,499 pairs; rounded up
 _FIELDS_SHOWN = 6
@@ -55,24 +56,29 @@ def _pairs(plan: Plan) -> list[str]:
     collection = plan.collection
     bank = ScoreBank(plan.cache / "bank")
     scores = {name: bank.open(plan.teacher_identities[name]) for name in scored_teachers(plan.recipe)}
+    from_file = {teacher.name for teacher in plan.recipe.teachers if isinstance(teacher, FileTeacher)}
     lines = []
     if plan.hit("candidates", plan.candidates_fields):
         query_ids, passage_ids = filter_pairs(Candidates.open(plan.folder("candidates", plan.candidates_fields)))
         banked = BankedScores(collection, scores)
         for name in scores:
             known = int(np.isfinite(banked(name, query_ids, passage_ids)).sum())
-            lines.append(_line(name, len(query_ids), str(known), len(query_ids) - known))
+            lines.append(_line(name, len(query_ids), str(known), len(query_ids) - known, name in from_file))
         return lines
     num_queries = len(collection.qrels.get("train", {}))
     positives = sum(sum(grade >= 1 for grade in grades.values()) for grades in collection.qrels.get("train", {}).values())
     wanted = positives + num_queries * sum(miner.quota for miner in plan.recipe.mining.miners)
     for name, teacher_scores in scores.items():
         stored = teacher_scores.num_pairs
-        lines.append(_line(name, wanted, f"unknown until mined ({stored} in the teacher's bank)", wanted))
+        banked_words = f"unknown until mined ({stored} in the teacher's bank)"
+        lines.append(_line(name, wanted, banked_words, wanted, name in from_file))
     return lines
 
 
-def _line(teacher: str, wanted: int, banked: str, to_score: int) -> str:
+def _line(teacher: str, wanted: int, banked: str, to_score: int, is_from_file: bool) -> str:
+    if is_from_file:
+        cost = f"at most {to_score} not imported, each an error" if to_score else "all imported"
+        return f"teacher {teacher}: pairs wanted {wanted}, already banked {banked}, {cost}"
     megabytes = to_score * _BYTES_PER_PAIR / 1e6
     cost = f"to score at most {to_score}, disk about {megabytes:.1f} MB"
     return f"teacher {teacher}: pairs wanted {wanted}, already banked {banked}, {cost}"

@@ -33,7 +33,7 @@ from sparsekd.labels.vectors import vector_teacher, vocabulary_digest
 from sparsekd.mining.candidates import Candidates
 from sparsekd.plan import Plan
 from sparsekd.provenance import provenance
-from sparsekd.recipe import BM25Teacher, DenseMiner, Recipe, Teacher
+from sparsekd.recipe import BM25Teacher, DenseMiner, FileTeacher, Recipe, Teacher
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -61,7 +61,7 @@ class Experiment:
         """The passages, queries and qrels the recipe asks for."""
         return self.plan.collection
 
-    def teacher(self, name: str) -> Teacher | BM25Teacher:
+    def teacher(self, name: str) -> Teacher | BM25Teacher | FileTeacher:
         """Return the recipe's teacher of that name."""
         return next(teacher for teacher in self.recipe.teachers if teacher.name == name)
 
@@ -71,7 +71,7 @@ class Experiment:
         assert isinstance(teacher, Teacher), teacher.kind
         return teacher
 
-    def scores_of(self, teacher: Teacher | BM25Teacher) -> TeacherScores:
+    def scores_of(self, teacher: Teacher | BM25Teacher | FileTeacher) -> TeacherScores:
         """Return the banked scores of a teacher."""
         return self.score_bank.open(self.plan.teacher_identities[teacher.name], reference=teacher.reference)
 
@@ -170,14 +170,22 @@ class _TeacherVectors:
         return banked_sparse_vectors(self._teacher, self._experiment.embedding_bank.sparse, texts, role, shard_texts)
 
 
-def _score_pairs(experiment: Experiment, mined: Candidates, teachers: Sequence[Teacher | BM25Teacher]) -> dict[str, int]:
-    """Bank these teachers' scores of every (query, positive or candidate); return pairs, scored and reused over all of them."""
+def _score_pairs(
+    experiment: Experiment, mined: Candidates, teachers: Sequence[Teacher | BM25Teacher | FileTeacher]
+) -> dict[str, int]:
+    """Bank these teachers' scores of every (query, positive or candidate); return pairs, scored and reused over all of them.
+
+    Imported scores must be there already, which is seen before a model is asked.
+    """
     total = {"pairs": 0, "pairs_scored": 0, "pairs_reused": 0}
     if not teachers:
         return total
     from sparsekd.teachers.scoring import PairTexts
 
     query_ids, passage_ids = filter_pairs(mined)
+    for teacher in teachers:
+        if isinstance(teacher, FileTeacher):
+            _require_imported(experiment, teacher, query_ids, passage_ids)
     queries, passages = list(dict.fromkeys(query_ids)), list(dict.fromkeys(passage_ids))
     texts = PairTexts(
         [experiment.collection.queries[query_id] for query_id in queries],
@@ -191,11 +199,25 @@ def _score_pairs(experiment: Experiment, mined: Candidates, teachers: Sequence[T
     return total
 
 
-def _bank(experiment: Experiment, teacher: Teacher | BM25Teacher, texts: PairTexts) -> ScoringCounts:
+def _require_imported(
+    experiment: Experiment, teacher: FileTeacher, query_ids: Sequence[str], passage_ids: Sequence[str]
+) -> None:
+    from sparsekd.teachers.file import require_imported
+
+    scores = experiment.scores_of(teacher)
+    gold_sim = BankedScores(experiment.collection, {teacher.name: scores})(teacher.name, query_ids, passage_ids)
+    require_imported(teacher, scores.folder, gold_sim, query_ids, passage_ids)
+
+
+def _bank(experiment: Experiment, teacher: Teacher | BM25Teacher | FileTeacher, texts: PairTexts) -> ScoringCounts:
     """Bank one teacher's scores of these pairs."""
     from sparsekd.teachers.scoring import bank_scorer, bank_scores
 
     run, scores = experiment.recipe.run, experiment.scores_of(teacher)
+    if isinstance(teacher, FileTeacher):
+        from sparsekd.teachers.file import FileScorer
+
+        return bank_scorer(FileScorer(teacher), teacher.name, run, scores, texts)
     if not isinstance(teacher, BM25Teacher):
         return bank_scores(teacher, run, scores, experiment.embedding_bank, texts)
     from sparsekd.teachers.bm25 import BM25Scorer

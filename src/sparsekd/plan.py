@@ -16,9 +16,9 @@ from sparsekd.artifact import Artifact, find, key_of
 from sparsekd.collection.beir import Collection, collection_digest, read_collection
 from sparsekd.labels.building import table_fields
 from sparsekd.mining.candidates import COLLECTION_FILES, candidates_fields
-from sparsekd.recipe import BM25Teacher, DenseMiner, Recipe, Teacher
+from sparsekd.recipe import BM25Teacher, DenseMiner, FileTeacher, Recipe, Teacher
 from sparsekd.students.identity import needs_passages, student_fields, training_fields
-from sparsekd.teachers.identity import bm25_identity, encoder_identity, teacher_identity
+from sparsekd.teachers.identity import bm25_identity, encoder_identity, file_identity, teacher_identity
 
 EVALUATION_VERSION = 1
 """Raised when the same fields would give other rankings or figures."""
@@ -54,7 +54,9 @@ class Plan:
         """Identity by teacher name."""
         return {teacher.name: self._teacher_identity(teacher) for teacher in self.recipe.teachers}
 
-    def _teacher_identity(self, teacher: Teacher | BM25Teacher) -> dict[str, Any]:
+    def _teacher_identity(self, teacher: Teacher | BM25Teacher | FileTeacher) -> dict[str, Any]:
+        if isinstance(teacher, FileTeacher):
+            return file_identity(teacher.imported, teacher.fields)
         if isinstance(teacher, BM25Teacher):
             return bm25_identity(teacher, self.collection.passages.values())
         return teacher_identity(teacher)
@@ -94,7 +96,10 @@ class Plan:
         return {"corpus": digest["corpus.jsonl"], "max_passages": self.recipe.collection.max_passages}
 
     def system_fields(self) -> dict[str, dict[str, Any]]:
-        """Return what decides each measured system's ranking, by system name, in the order they are reported."""
+        """Return what decides each measured system's ranking, by system name, in the order they are reported.
+
+        A teacher of kind "file" is none: it knows the pairs that were imported and cannot rank others.
+        """
         evaluation = self.recipe.evaluation
         split = f"qrels/{evaluation.split}.tsv"
         digest = collection_digest(self.collection_folder, ["queries.jsonl", split])
@@ -108,6 +113,8 @@ class Plan:
         bm25 = {"k1": evaluation.k1, "b": evaluation.b}
         systems: dict[str, dict[str, Any]] = {"bm25": {"system": "bm25", **bm25}}
         for teacher in self.recipe.teachers:
+            if isinstance(teacher, FileTeacher):
+                continue
             if isinstance(teacher, BM25Teacher):  # the baseline's own key where k1 and b are the same: ranked once
                 systems[f"teacher:{teacher.name}"] = {"system": "bm25", "k1": teacher.k1, "b": teacher.b}
                 continue

@@ -11,6 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from typer.testing import CliRunner
+
+from sparsekd.cli import app
+from sparsekd.experiment import Experiment, candidates
+from sparsekd.labels.banked import BankedScores
+from sparsekd.labels.rows import filter_pairs
+from sparsekd.labels.score_table import ScoreTable
+from sparsekd.plan import Plan
+from sparsekd.recipe import load_recipe
 
 FIGURES = {"nDCG@10", "RR@10", "R@100"}
 SPARSITY = {"query_active_dims", "passage_active_dims", "FLOPS"}
@@ -125,6 +134,34 @@ def test_bm25_teaches_beside_a_model_and_is_ranked_once(make_workplace: Callable
     assert re.search(r"evaluation of teacher:lexical \w{16}: hit", evaluation.log)
     assert (table.manifest["counts"]["pairs_scored"], table.manifest["counts"]["pairs_reused"]) == (0, 188)
     assert "- `lexical`: bm25, `k1=0.9 b=0.4`" in (student.folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_imported_scores_teach_what_their_model_taught(make_workplace: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    workplace = make_workplace("dense")
+    table = workplace.run("teacher_scores")
+    monkeypatch.chdir(workplace.folder)
+    experiment = Experiment(Plan(load_recipe(Path("recipe.toml"))))
+    query_ids, passage_ids = filter_pairs(candidates(experiment))
+    gold_sim = BankedScores(experiment.collection, {"tiny": experiment.scores_of(experiment.teacher("tiny"))})
+    scores = gold_sim("tiny", query_ids, passage_ids)
+    lines = [f"{pair[0]} Q0 {pair[1]} 1 {score} tiny\n" for *pair, score in zip(query_ids, passage_ids, scores, strict=True)]
+    Path("tiny.run").write_text("".join(lines), encoding="utf-8")
+    places = ["--collection", experiment.recipe.collection.path, "--cache", "cache"]
+    done = CliRunner().invoke(app, ["import", "trec-run", "tiny.run", "--name", "tiny-dense", *places])
+    recipe = Path("recipe.toml").read_text(encoding="utf-8")
+    head, _, rest = recipe.partition('kind = "dense"\nmodel = ' + json.dumps(experiment.teacher("tiny").reference) + "\n[labels]")
+    Path("recipe.toml").write_text(f'{head}kind = "file"\nimported = "tiny-dense"\n[labels]{rest}', encoding="utf-8")
+
+    evaluation = workplace.run("evaluate")
+
+    assert done.exit_code == 0, done.stderr
+    again = Experiment(Plan(load_recipe(Path("recipe.toml")))).plan
+    taught = ScoreTable.open(again.folder("tables", again.table_fields))
+    assert taught.key != table.folder.name
+    assert list(taught.rows()) == list(ScoreTable.open(table.folder).rows())
+    assert list(read_json(evaluation.folder / "metrics.json")["systems"]) == ["bm25", "student", "student:untrained"]
+    assert "teacher:tiny is not measured: imported scores rank only what they hold" in evaluation.log
 
 
 def test_a_second_run_is_a_hit_and_fast(dense: Made) -> None:

@@ -145,6 +145,28 @@ def test_a_bm25_teachers_pairs_are_told_like_any_others(plan_of: Callable[..., P
     assert "teacher lexical: pairs wanted 71, already banked unknown until mined (0 in the teacher's bank)" in text
 
 
+def test_imported_scores_that_are_not_there_are_told_beforehand(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
+    with (tmp_path / "recipe.toml").open("a", encoding="utf-8") as stream:
+        stream.write('[[teachers]]\nname = "them"\nkind = "file"\nimported = "ensemble"\n')
+    plan = plan_of()
+
+    before = describe_plan(plan, ["candidates", "tables"])
+    query_ids, passage_ids = filter_pairs(candidates(Experiment(plan)))
+    collection = plan.collection
+    queries = text_keys([collection.queries[query_id] for query_id in query_ids])
+    passages = text_keys([collection.passages[passage_id] for passage_id in passage_ids])
+    scores = ScoreBank(Path("cache") / "bank").open(plan.teacher_identities["them"])
+    scores.append(queries[1:], passages[1:], np.zeros(len(queries) - 1, dtype=np.float32))
+    short = describe_plan(plan, ["candidates", "tables"])
+    scores.append(queries[:1], passages[:1], np.zeros(1, dtype=np.float32))
+    whole = describe_plan(plan, ["candidates", "tables"])
+
+    wanted = len(query_ids)
+    assert "teacher them: pairs wanted 71, already banked unknown until mined (0 in the teacher's bank), at most 71 not" in before
+    assert f"teacher them: pairs wanted {wanted}, already banked {wanted - 1}, at most 1 not imported, each an error" in short
+    assert f"teacher them: pairs wanted {wanted}, already banked {wanted}, all imported" in whole
+
+
 def test_pairs_wanted_and_banked_are_exact_once_candidates_are_mined(plan_of: Callable[..., Plan]) -> None:
     plan = plan_of()
     query_ids, passage_ids = filter_pairs(candidates(Experiment(plan)))

@@ -48,6 +48,7 @@ model = "models/student"
 """
 SECOND_TEACHER = '[[teachers]]\nname = "second"\nkind = "dense"\nmodel = "models/miner"\n'
 
+FILE_TEACHER = '[[teachers]]\nname = "them"\nkind = "file"\nimported = "ensemble"\n'
 LEXICAL_TEACHER = '[[teachers]]\nname = "lexical"\nkind = "bm25"\n'
 
 # (what is set before, what is changed, the kinds of artifact whose key changes)
@@ -358,6 +359,26 @@ def test_a_bm25_teacher_is_ranked_with_the_baseline_where_k1_and_b_are_the_same(
     assert same["teacher:lexical"] == same["bm25"]
     assert other["teacher:lexical"] == same["teacher:lexical"]
     assert other["bm25"] != other["teacher:lexical"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("teachers.them.imported=other", FROM_TABLE),
+        ("teachers.them.fields={revision = '2'}", FROM_TABLE),
+        ("teachers.them.name=those", NONE),  # it is not measured, so no metric is listed under its name
+    ],
+)
+def test_what_imported_scores_are_changes_the_keys_of_what_they_teach(place: Path, change: str, expected: set[str]) -> None:
+    append("recipe.toml", FILE_TEACHER)(place)
+
+    assert changed_kinds(keys(), keys([change])) == expected
+
+
+def test_a_teacher_of_imported_scores_is_no_measured_system(place: Path) -> None:
+    append("recipe.toml", FILE_TEACHER)(place)
+
+    assert list(plan_of().system_fields()) == ["bm25", "teacher:judge", "student:untrained", "student"]
 
 
 def test_the_order_of_two_teachers_changes_no_candidates(place: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sparsekd.recipe import BM25Miner, BM25Teacher, DenseMiner, Recipe, Teacher, load_recipe
+from sparsekd.recipe import BM25Miner, BM25Teacher, DenseMiner, FileTeacher, Recipe, Teacher, load_recipe
 from sparsekd.recipe.loading import _explain, _is_echo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,6 +24,7 @@ COLLECTION = '[collection]\npath = "c"\n'
 MINER = '[[mining.miners]]\nkind = "bm25"\nquota = 4\n'
 DENSE = '[[mining.miners]]\nkind = "dense"\nquota = 4\nmodel = "e"\n'
 TEACHER = '[[teachers]]\nname = "t"\nkind = "dense"\nmodel = "m"\n'
+IMPORTED = '[[teachers]]\nname = "f"\nkind = "file"\nimported = "them"\n'
 LEXICAL = '[[teachers]]\nname = "l"\nkind = "bm25"\n'
 STUDENT = '[student]\nmodel = "s"\n'
 WHOLE = COLLECTION + MINER + DENSE + TEACHER + STUDENT
@@ -88,6 +89,14 @@ def test_a_bm25_teacher_needs_no_model(load: Callable[..., Recipe]) -> None:
     assert [type(teacher) for teacher in recipe.teachers] == [Teacher, BM25Teacher]
     assert recipe.teachers[1] == BM25Teacher(name="l", kind="bm25", k1=0.9, b=0.5)
     assert [teacher.reference for teacher in recipe.teachers] == ["m", "k1=0.9 b=0.5"]
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+def test_a_teacher_of_imported_scores_says_what_they_were_imported_as(load: Callable[..., Recipe]) -> None:
+    recipe = load(WHOLE + IMPORTED, "teachers.f.fields={revision = '2', at = 'x'}")
+
+    assert recipe.teachers[1] == FileTeacher(name="f", kind="file", imported="them", fields={"at": "x", "revision": "2"})
+    assert recipe.teachers[1].reference == "them at=x revision=2"
     assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
 
 
@@ -225,7 +234,11 @@ def test_a_key_of_another_kind_is_refused_with_the_kinds_that_it_acts_on(refusal
         ),
         (
             COLLECTION + MINER + '[[teachers]]\nname = "t"\n' + STUDENT,
-            "[teachers.0] kind is missing; expected one of: dense, cross-encoder, sparse, bm25",
+            "[teachers.0] kind is missing; expected one of: dense, cross-encoder, sparse, bm25, file",
+        ),
+        (
+            COLLECTION + MINER + IMPORTED.replace("imported", "#") + STUDENT,
+            "[teachers.0] imported is missing; it has no default",
         ),
         (COLLECTION + MINER + LEXICAL.replace("name", "b = 0.4 #") + STUDENT, "[teachers.0] name is missing; it has no default"),
     ],
@@ -267,7 +280,7 @@ def test_a_missing_key_is_named(refusal: Refusal, text: str, message: str) -> No
         ("teachers.t.kind=bm52", "[teachers.0] kind = 'bm52' is not a known teacher; did you mean bm25?"),
         (
             "teachers.t.kind=x",
-            "[teachers.0] kind = 'x' is not a known teacher; expected one of: dense, cross-encoder, sparse, bm25",
+            "[teachers.0] kind = 'x' is not a known teacher; expected one of: dense, cross-encoder, sparse, bm25, file",
         ),
         ("mining.miners=[]", "[mining] miners = []: expected at least 1 item"),
         ("mining.miners=[1]", "[mining.miners] 0 = 1: expected a table"),

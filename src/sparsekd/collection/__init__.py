@@ -3,6 +3,6 @@
 ``beir`` holds the BEIR folder and what is kept of it; ``reading`` the lines, JSON objects and TSV rows beneath.
 """
 
-from sparsekd.collection.beir import SPLITS, Collection, collection_digest, read_collection
+from sparsekd.collection.beir import SPLITS, Collection, collection_digest, read_collection, read_texts
 
-__all__ = ["SPLITS", "Collection", "collection_digest", "read_collection"]
+__all__ = ["SPLITS", "Collection", "collection_digest", "read_collection", "read_texts"]

@@ -78,6 +78,17 @@ def read_collection(folder: Path, *, max_passages: int | None = None, max_train_
     return Collection(passages, queries, qrels, summary)
 
 
+def read_texts(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Return (queries, passages), text by id, of everything in a BEIR folder, judged or not; qrels are not read.
+
+    Raises FileNotFoundError for a missing file, ValueError naming file and line for a malformed one.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; expected a BEIR collection with corpus.jsonl and queries.jsonl")
+    counts: Counter[str] = Counter()
+    return _read_queries(folder / "queries.jsonl", counts), _read_passages(folder / "corpus.jsonl", counts)
+
+
 def collection_digest(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Return {name: sha256 of the file's bytes} for ``names`` such as ``qrels/train.tsv``, without reading them as text."""
     digests = {}

@@ -13,10 +13,12 @@ import re
 from collections.abc import Iterator
 from json.decoder import JSONDecodeError, JSONDecoder
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 MAX_DEPTH = 64
 """Nesting of a JSON line; real metadata stays below 10, and a parser recursing 10,000 deep overflows the C stack."""
+
+_Record = TypeVar("_Record", dict[str, Any], list[Any])
 
 _BLANK = " \t"
 # A string (possessive, the closing quote optional: linear on any input) or one bracket.
@@ -73,14 +75,12 @@ def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Refused beyond broken syntax: a key given twice in one object, NaN and infinite numbers (``1e999`` too), lone surrogates,
     nesting deeper than MAX_DEPTH (checked before parsing), and a file without rows.
     """
-    number = 0
-    for number, text in text_lines(path):
-        try:
-            yield number, _parsed(text)
-        except _Malformed as error:
-            raise refusal(path, number, error.found, error.expected, error.remedy) from error
-    if number == 0:
-        raise ValueError(f"{path}: 0 rows, expected one JSON object per line; write the file again")
+    yield from _json_lines(path, dict, "object", "{...}")
+
+
+def json_arrays(path: Path) -> Iterator[tuple[int, list[Any]]]:
+    """Yield (line number, array) of a file with one JSON array per line; refuses what ``json_objects`` refuses."""
+    yield from _json_lines(path, list, "array", "[...]")
 
 
 def tsv_rows(path: Path, header: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
@@ -105,21 +105,34 @@ def tsv_rows(path: Path, header: tuple[str, ...]) -> Iterator[tuple[int, list[st
         raise ValueError(f"{path}: 0 rows, expected at least one below the header {'<TAB>'.join(header)}; write the file again")
 
 
-def _parsed(text: str) -> dict[str, Any]:
-    """The one object of a JSON line; _Malformed if it is anything else."""
+def _json_lines(path: Path, kind: type[_Record], name: str, brackets: str) -> Iterator[tuple[int, _Record]]:
+    number = 0
+    for number, text in text_lines(path):
+        try:
+            record = _parsed(text, name)
+            if not isinstance(record, kind):
+                found = f"a JSON {type(record).__name__} {shown(record)}"
+                raise _Malformed(found, f"a JSON {name}", f"put each row in {brackets}")
+        except _Malformed as error:
+            raise refusal(path, number, error.found, error.expected, error.remedy) from error
+        yield number, record
+    if number == 0:
+        raise ValueError(f"{path}: 0 rows, expected one JSON {name} per line; write the file again")
+
+
+def _parsed(text: str, name: str) -> Any:
+    """The one value of a JSON line, which is to be an object or array (``name``); _Malformed if it is broken."""
     if _depth(text) > MAX_DEPTH:
         raise _Malformed(f"nesting deeper than {MAX_DEPTH}", f"at most {MAX_DEPTH} levels", "flatten the object")
     try:
         record = _DECODER.decode(text)
     except JSONDecodeError as error:
         found = f"broken JSON ({error.msg} at character {error.pos + 1}: {shown(text[error.pos :])})"
-        raise _Malformed(found, "one JSON object per line", "correct or remove the line") from error
+        raise _Malformed(found, f"one JSON {name} per line", "correct or remove the line") from error
     except _Malformed:
         raise
     except ValueError as error:  # an integer beyond Python's limit of 4,300 digits
         raise _Malformed(str(error), "a number of at most 4300 digits", "write it as a string") from error
-    if not isinstance(record, dict):
-        raise _Malformed(f"a JSON {type(record).__name__} {shown(record)}", "a JSON object", "put each row in {...}")
     if _SURROGATE_ESCAPE.search(text):
         _refuse_lone_surrogates(record)
     return record
@@ -141,7 +154,7 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def _refuse_lone_surrogates(record: dict[str, Any]) -> None:
+def _refuse_lone_surrogates(record: Any) -> None:
     """An escaped pair (an emoji) is one character after parsing; half a pair cannot be written as UTF-8."""
     try:
         json.dumps(record, ensure_ascii=False).encode("utf-8")

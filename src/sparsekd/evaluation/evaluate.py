@@ -16,7 +16,7 @@ from sparsekd.evaluation.measures import DEPTH, measure
 from sparsekd.evaluation.runs import Ranking, Rankings, write_trec_run
 from sparsekd.evaluation.systems import bm25_rankings, dense_rankings, judgements, rerank_rankings, sparse_teacher_rankings
 from sparsekd.experiment import Experiment, student
-from sparsekd.recipe import BM25Teacher
+from sparsekd.recipe import BM25Teacher, FileTeacher
 
 if TYPE_CHECKING:
     from sentence_transformers import SparseEncoder
@@ -34,6 +34,9 @@ def evaluate(experiment: Experiment) -> Artifact:
         logger.info("evaluation %s: hit", hit.key)
         return hit
     judgements(experiment.recipe, experiment.collection, experiment.recipe.evaluation.split)  # refused before training
+    for teacher in experiment.recipe.teachers:
+        if isinstance(teacher, FileTeacher):
+            logger.info("teacher:%s is not measured: imported scores rank only what they hold", teacher.name)
     trained = student(experiment)
     runs = {name: _system(experiment, name, system, trained) for name, system in plan.system_fields().items()}
     figures = {name: json.loads((run.folder / METRICS).read_text(encoding="utf-8")) for name, run in runs.items()}
@@ -70,6 +73,7 @@ def _rank(experiment: Experiment, name: str, trained: Artifact) -> tuple[Ranking
         return _to_depth(bm25_rankings(recipe, collection, split)), {}
     if name.startswith("teacher:"):
         teacher = experiment.teacher(name.removeprefix("teacher:"))
+        assert not isinstance(teacher, FileTeacher), name
         if isinstance(teacher, BM25Teacher):
             return _to_depth(bm25_rankings(recipe, collection, split, teacher)), {}
         if teacher.kind == "dense":

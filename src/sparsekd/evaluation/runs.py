@@ -7,7 +7,7 @@ the same order; ``passage_id`` is called doc_id there. Reading back gives equal 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,18 +83,24 @@ def read_trec_run(path: Path) -> dict[str, Ranking]:
     FileNotFoundError, and ValueError naming file and line for a malformed or repeated one.
     """
     scores_by_query: dict[str, dict[str, float]] = {}
+    for line, query_id, passage_id, score in trec_run_lines(path):
+        scores = scores_by_query.setdefault(query_id, {})
+        if passage_id in scores:
+            found = f"doc_id {shown(passage_id)} again for query {shown(query_id)}"
+            raise refusal(path, line, found, "each passage once per query", "keep the better line")
+        scores[passage_id] = score
+    return {query_id: ranked(list(scores), list(scores.values())) for query_id, scores in scores_by_query.items()}
+
+
+def trec_run_lines(path: Path) -> Iterator[tuple[int, str, str, float]]:
+    """Yield (line number, query_id, doc_id, score) of a run file as it stands; ValueError at the first malformed line."""
     for line, text in text_lines(path):
         columns = text.split()
         if len(columns) != len(_COLUMNS):
             found = f"{len(columns)} columns in {shown(text)}"
             raise refusal(path, line, found, f"{len(_COLUMNS)} ({' '.join(_COLUMNS)})", "correct the line")
         query_id, _, passage_id, _, literal, _ = columns
-        scores = scores_by_query.setdefault(query_id, {})
-        if passage_id in scores:
-            found = f"doc_id {shown(passage_id)} again for query {shown(query_id)}"
-            raise refusal(path, line, found, "each passage once per query", "keep the better line")
-        scores[passage_id] = _score(path, line, literal)
-    return {query_id: ranked(list(scores), list(scores.values())) for query_id, scores in scores_by_query.items()}
+        yield line, query_id, passage_id, _score(path, line, literal)
 
 
 def _score(path: Path, line: int, literal: str) -> float:

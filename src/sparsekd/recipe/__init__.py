@@ -13,6 +13,7 @@ from sparsekd.recipe.sections import Collection as Collection
 from sparsekd.recipe.sections import DenseMiner as DenseMiner
 from sparsekd.recipe.sections import EncoderSpec as EncoderSpec
 from sparsekd.recipe.sections import Evaluation as Evaluation
+from sparsekd.recipe.sections import FileTeacher as FileTeacher
 from sparsekd.recipe.sections import Labels as Labels
 from sparsekd.recipe.sections import Mining as Mining
 from sparsekd.recipe.sections import NegativeFilter as NegativeFilter

@@ -19,6 +19,7 @@ from sparsekd.recipe.sections import (
     Collection,
     DenseMiner,
     Evaluation,
+    FileTeacher,
     Labels,
     Mining,
     NegativeFilter,
@@ -99,7 +100,7 @@ def _hint(word: str, known: Sequence[str]) -> str:
 
 _KINDS: dict[str, dict[str, type[BaseModel]]] = {
     "miners": {"bm25": BM25Miner, "dense": DenseMiner},
-    "teachers": {"dense": Teacher, "cross-encoder": Teacher, "sparse": Teacher, "bm25": BM25Teacher},
+    "teachers": {"dense": Teacher, "cross-encoder": Teacher, "sparse": Teacher, "bm25": BM25Teacher, "file": FileTeacher},
 }
 _MODELS: dict[str, type[BaseModel]] = {
     "collection": Collection,

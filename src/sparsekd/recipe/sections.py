@@ -127,6 +127,23 @@ class BM25Teacher(_Section):
         return f"k1={self.k1:g} b={self.b:g}"
 
 
+class FileTeacher(_Section):
+    """Scores that somebody else computed and ``sparsekd import`` has put into the bank; asks no model and scores no new pair."""
+
+    name: str = Field(pattern=NAME)
+    """How recipes, logs and metrics call it; enters no score key."""
+    kind: Literal["file"]
+    imported: str = Field(pattern=NAME)
+    """The ``--name`` the scores were imported under; a pair that they lack is an error, never 0 and never a mean."""
+    fields: dict[str, str] = Field(default={})
+    """Every ``--field`` they were imported under; together with the name, their identity. None by default."""
+
+    @property
+    def reference(self) -> str:
+        """What people call it; decides nothing."""
+        return " ".join([self.imported, *(f"{name}={value}" for name, value in sorted(self.fields.items()))])
+
+
 class Calibration(_Section):
     """A view over raw scores; changing it calls no teacher."""
 
@@ -340,7 +357,9 @@ class Recipe(_Section):
 
     collection: Collection
     mining: Mining
-    teachers: tuple[Annotated[Teacher | BM25Teacher, Field(discriminator="kind")], ...] = Field(min_length=1, strict=False)
+    teachers: tuple[Annotated[Teacher | BM25Teacher | FileTeacher, Field(discriminator="kind")], ...] = Field(
+        min_length=1, strict=False
+    )
     labels: Labels = Labels()
     student: Student
     training: Training = Training()

@@ -1,8 +1,8 @@
 """What decides a teacher's outputs, as JSON-able fields: the key under which its vectors and scores are banked.
 
 In: digests of weights, tokenizer and configuration, length limit, prompts, precision, similarity or activation, backend, and
-the version of this code; for BM25 its settings and the passages it counts. Out: names, paths, device, batch sizes, threads. One
-model is one encoder whether it mines or teaches.
+the version of this code; for BM25 its settings and the passages it counts; for imported scores what their owner states. Out:
+names, paths, device, batch sizes, threads. One model is one encoder whether it mines or teaches.
 Imports no torch, so a full cache hit is known in the time it takes to hash the weights.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -26,6 +26,7 @@ DENSE_STAGE = "teachers/dense v1"
 CROSS_ENCODER_STAGE = "teachers/cross-encoder v1"
 SPARSE_STAGE = "teachers/sparse v1"
 BM25_STAGE = "teachers/bm25 v1"
+FILE_STAGE = "teachers/file v1"
 
 
 def encoder_identity(spec: EncoderSpec) -> dict[str, Any]:
@@ -83,6 +84,14 @@ def bm25_identity(teacher: BM25Teacher, passages: Iterable[str]) -> dict[str, An
     ordered = keys[np.lexsort((keys[:, 1], keys[:, 0]))]
     digest = hashlib.sha256(ordered.astype("<u8").tobytes()).hexdigest()
     return {"stage": BM25_STAGE, "kind": "bm25", **scoring_fields(teacher.k1, teacher.b), "passages": digest}
+
+
+def file_identity(name: str, fields: Mapping[str, str]) -> dict[str, Any]:
+    """Return the identity of imported scores: what their owner states of them, a name and any fields.
+
+    Stage and kind are ours and the statement lies below them, so that no statement can equal a model's or BM25's identity.
+    """
+    return {"stage": FILE_STAGE, "kind": "file", "name": name, "fields": dict(fields)}
 
 
 def declared_similarity(folder: Path) -> Similarity:

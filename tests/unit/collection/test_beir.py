@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsekd.collection import Collection, collection_digest, read_collection
+from sparsekd.collection.beir import read_texts
+from sparsekd.collection.reading import json_arrays
 
 HEADER = "query-id\tcorpus-id\tscore\n"
 CORPUS = [
@@ -386,3 +388,32 @@ def test_any_bytes_are_read_or_refused_with_a_value_error(
         assert all(max(grades.values()) >= 1 for grades in collection.qrels["train"].values())
 
     assert not refused or str(folder) in refused
+
+
+def test_texts_are_all_of_a_folder_judged_or_not_and_need_no_qrels(tmp_path: Path) -> None:
+    queries = [*QUERIES, {"_id": "q3", "text": "what is salt"}]
+    folder = write(tmp_path, {"queries.jsonl": jsonl(queries)})
+    (folder / "qrels" / "train.tsv").unlink()
+
+    found = read_texts(folder)
+
+    assert found == (
+        {"q1": "what is hot", "q2": "what is cold", "q3": "what is salt"},
+        {"p1": "Tea hot leaves", "p2": "cold milk", "p3": "salt"},
+    )
+
+
+def test_texts_of_a_folder_that_is_not_there_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"gone: no such folder; expected a BEIR collection with corpus\.jsonl and queries"):
+        read_texts(tmp_path / "gone")
+
+
+def test_an_array_per_line_is_read_as_strictly_as_an_object(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('[1, "a"]\n\n[[2.5]]\n{}\n', encoding="utf-8")
+
+    rows = json_arrays(path)
+
+    assert [next(rows), next(rows)] == [(1, [1, "a"]), (3, [[2.5]])]
+    with pytest.raises(ValueError, match=r"a\.jsonl:4: found a JSON dict \{\}, expected a JSON array; put each row in \[\.\.\.\]"):
+        next(rows)
