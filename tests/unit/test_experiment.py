@@ -207,6 +207,44 @@ def test_another_view_of_bm25_and_a_dense_teacher_asks_neither(
     assert (again.counts["pairs_scored"], again.counts["pairs_reused"]) == (0, first.counts["pairs"])
 
 
+# A dense, a sparse and a lexical teacher: published ensembles, then what else a view can be
+VIEWS: dict[str, dict[str, Any]] = {
+    "splade-v3": {"calibration": {"kind": "minmax"}},
+    "splade-v3 rescored": {"calibration": {"kind": "minmax"}, "rescale": {"kind": "affine", "reference": "dense"}},
+    "opensearch": {"calibration": {"kind": "minmax", "scale": 30.0}},
+    "weighted sum": {"combine": "sum", "weights": {"splade": 2.0, "dense": 0.5, "lexical": 1.0}},
+    "to a teacher's scale": {"calibration": {"kind": "affine", "reference": "splade"}},
+    "to an ignored teacher's scale": {
+        "calibration": {"kind": "affine", "reference": "lexical"},
+        "weights": {"splade": 1.0, "dense": 1.0, "lexical": 0.0},
+    },
+    "one each": {
+        "calibration": {"kind": "rank"},
+        "calibrations": {"dense": {"kind": "percentile"}, "lexical": {"kind": "zscore", "scale": 0.2}},
+    },
+    "renormalize": {"missing": "renormalize", "calibration": {"kind": "zscore"}},
+}
+
+
+def test_no_calibration_and_no_ensemble_scores_a_pair_again(
+    make_experiment: Make, tiny_splade_folder: Path, tiny_encoder_folder: Path
+) -> None:
+    teachers = [
+        {"name": "splade", "kind": "sparse", "model": str(tiny_splade_folder)},
+        {"name": "dense", "kind": "dense", "model": str(tiny_encoder_folder)},
+        LEXICAL,
+    ]
+    unable = run_of(make_experiment, "cuda:99")
+    first = score_table(make_experiment({}, teachers=teachers))  # Hofstätter's mean of raw scores
+    assert first.counts["pairs_scored"] == first.counts["pairs"] > 0
+
+    tables = {view: score_table(make_experiment(labels, teachers=teachers, run=unable)) for view, labels in VIEWS.items()}
+
+    assert {view: table.counts["pairs_scored"] for view, table in tables.items()} == dict.fromkeys(VIEWS, 0)
+    assert {table.counts["pairs_reused"] for table in tables.values()} == {first.counts["pairs"]}
+    assert len({first.key, *(table.key for table in tables.values())}) == len(VIEWS) + 1
+
+
 def test_a_bm25_teacher_filters_candidates(make_experiment: Make) -> None:
     mining = {"miners": [{"kind": "bm25", "quota": 3}], "filter": {"by": "lexical", "absolute_margin": 0.0}}
     kinds = {"kind": "none", "num_negatives": 1}
