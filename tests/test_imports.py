@@ -24,7 +24,7 @@ LINES = (
     ("labels",),
     ("students", "training"),
     ("plan",),
-    ("dry_run", "experiment"),
+    ("doctor", "dry_run", "experiment"),
     ("evaluation",),
     ("stage", "cli"),
 )
@@ -36,6 +36,7 @@ WITHOUT_TORCH = (
     "bank",
     "labels",
     "plan",
+    "doctor",
     "dry_run",
     "experiment",
     "stage",

@@ -24,6 +24,7 @@ from sparsekd.bank.embeddings import EmbeddingBank
 from sparsekd.bank.manifest import locked
 from sparsekd.bank.scores import ScoreBank, TeacherScores
 from sparsekd.collection.beir import Collection
+from sparsekd.doctor import examined
 from sparsekd.labels.banked import BankedScores
 from sparsekd.labels.building import build_table, scored_teachers
 from sparsekd.labels.calibration import softmax_entropy
@@ -129,7 +130,7 @@ def score_table(experiment: Experiment) -> ScoreTable:
     hit = plan.hit("tables", plan.table_fields)
     if hit is not None:
         logger.info("table %s: hit, no pair scored", hit.key)
-        return described(ScoreTable.open(hit.folder), experiment.recipe)
+        return _described_and_examined(experiment, ScoreTable.open(hit.folder))
     mined = candidates(experiment)
     teachers = [experiment.teacher(name) for name in scored_teachers(experiment.recipe)]
     counts = {**_score_pairs(experiment, mined, teachers), "mining": mined.counts}
@@ -146,7 +147,13 @@ def score_table(experiment: Experiment) -> ScoreTable:
         extra=experiment.provenance(),
     )
     logger.info("pairs: %d, %d scored, %d reused", counts["pairs"], counts["pairs_scored"], counts["pairs_reused"])
-    return described(table, experiment.recipe)
+    return _described_and_examined(experiment, table)
+
+
+def _described_and_examined(experiment: Experiment, table: ScoreTable) -> ScoreTable:
+    described(table, experiment.recipe)
+    examined(experiment.plan, table, experiment.provenance())
+    return table
 
 
 class _TeacherVectors:

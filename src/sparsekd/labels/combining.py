@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from sparsekd.labels.calibration import Floats, Moments, calibrate, moments, undefined_rows, weighted_mean
 from sparsekd.labels.contract import Kind
+from sparsekd.labels.facts import margin_facts
 from sparsekd.labels.rows import GoldSim, Rows, require_known_scores, require_scores
 from sparsekd.mining.shards import ROWS_PER_SHARD
 from sparsekd.recipe import Calibration, Labels
@@ -67,11 +68,7 @@ def summarize(gold_sim_RN: Scores, kind: Kind) -> dict[str, Any]:
     margins_RM = gold_sim_RN[:, :1] - gold_sim_RN[:, 1:]
     column, labels = ("margin", margins_RM) if kind == "margin" else ("gold_sim", gold_sim_RN)
     figures: dict[str, Any] = {column: score_range(labels)}
-    if margins_RM.size:
-        quantiles = np.quantile(margins_RM.astype(np.float64), [0.01, 0.10, 0.50, 0.90, 0.99])
-        figures["margin_quantiles"] = dict(zip(("p1", "p10", "p50", "p90", "p99"), quantiles.tolist(), strict=True))
-        figures["share_positive_below_best_negative"] = float((margins_RM < 0).any(axis=1).mean())
-    return figures
+    return figures | margin_facts(gold_sim_RN) if margins_RM.size else figures
 
 
 def score_range(values: Scores) -> dict[str, float]:
