@@ -128,8 +128,8 @@ def test_a_calibration_is_suggested_by_the_students_spread() -> None:
     one, several = (suggested_calibration(12.96, num_teachers=number) for number in (1, 2))
     unknown = suggested_calibration(None, num_teachers=1)
 
-    assert one["set"] == '[labels.calibration] kind = "zscore", scale = 13'
-    assert several["set"] == '[labels.rescale] kind = "zscore", scale = 13'
+    assert one["set"] == '[labels.calibration] kind = "zscore", scale = 13 or above'
+    assert several["set"] == '[labels.rescale] kind = "zscore", scale = 13 or above'
     assert unknown["set"] is None
     assert unknown["how"] == (
         '[labels.calibration] kind = "zscore" takes as scale the standard deviation of the student\'s dot products, which is not '
@@ -154,7 +154,7 @@ def test_the_page_in_lines(build: Any) -> None:
         "rows"
     )
     assert lines[5] == "dropped: filter 1 (10.0%), over_quota 5 (50.0%)"
-    assert lines[6] == '[labels.rescale] kind = "zscore", scale = 13'
+    assert lines[6].startswith('[labels.rescale] kind = "zscore", scale = 13 or above: labels then spread as the untrained student')
 
 
 def test_a_bank_that_has_lost_its_scores_is_said(build: Any) -> None:
@@ -287,7 +287,7 @@ def test_a_measured_untrained_student_gives_the_scale(place: Place, monkeypatch:
 
     assert page is not None
     assert facts_of(page.folder)["calibration"]["student_std"] == 2.0
-    assert facts_of(page.folder)["calibration"]["set"] == '[labels.calibration] kind = "zscore", scale = 2'
+    assert facts_of(page.folder)["calibration"]["set"] == '[labels.calibration] kind = "zscore", scale = 2 or above'
 
 
 def test_a_table_that_no_score_labels_has_no_page(place: Place) -> None:
