@@ -24,7 +24,7 @@ LINES = (
     ("labels",),
     ("students", "training"),
     ("plan",),
-    ("doctor", "dry_run", "experiment"),
+    ("doctor", "gate", "dry_run", "experiment"),
     ("evaluation",),
     ("stage", "cli"),
 )
@@ -37,6 +37,7 @@ WITHOUT_TORCH = (
     "labels",
     "plan",
     "doctor",
+    "gate",
     "dry_run",
     "experiment",
     "stage",

@@ -61,6 +61,30 @@ def examined(plan: Plan, table: ScoreTable, extra: Mapping[str, Any]) -> Artifac
     return found
 
 
+def describe(table: ScoreTable, recipe: Recipe) -> None:
+    """Log what the training's loss makes of the table where widths do not tell.
+
+    How sharp a target KL's softmax makes of score lists, the range that similarities were moved from, how sparse the vectors are.
+    """
+    if "SparseDistillKLDivLoss" in recipe.training.losses and table.kind == "score_list":
+        entropy, support = softmax_entropy(table.labels(), recipe.training.temperature)
+        logger.info(
+            "softmax at temperature %g: entropy %.3f nats, effective support %.2f of %d passages",
+            recipe.training.temperature,
+            entropy,
+            support,
+            table.num_passages,
+        )
+    if table.kind == "similarity":
+        low, high = table.contract.label_range or (0.0, 0.0)
+        mean = table.summary["similarity"]["mean"]
+        logger.info("similarity: gold_sim %.4f at 0, %.4f at 1, mean similarity %.3f", low, high, mean)
+    if table.kind == "embedding":
+        active = table.summary["active_dims"]
+        dimension = table.contract.dimension
+        logger.info("vectors: %d dims, active %.1f query, %.1f passage", dimension, active["query"], active["passage"])
+
+
 def doctor_fields(
     recipe: Recipe, table_key: str, teacher_identities: Mapping[str, Mapping[str, Any]], student_run_key: str | None
 ) -> dict[str, Any]:

@@ -71,6 +71,7 @@ SETTINGS: list[tuple[list[str], str, set[str]]] = [
     ([], "teachers.judge.max_length=64", FROM_TABLE),
     ([], "teachers.judge.passage_prompt='p: '", FROM_TABLE),
     ([], "teachers.judge.dtype=float16", FROM_TABLE),
+    ([], "teachers.judge.gate=false", NONE),
     ([], "teachers.judge.name=referee", EVALUATION),  # metrics are listed by name
     ([], "labels.num_negatives=3", FROM_TABLE),
     ([], "labels.selection=random", FROM_TABLE),
