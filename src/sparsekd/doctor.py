@@ -254,11 +254,14 @@ def _temperature(recipe: Recipe) -> float | None:
 
 
 def _untrained_run(plan: Plan) -> Artifact | None:
-    """The measured ranking by the untrained student, None where this cache has none."""
-    is_judged = (plan.collection_folder / "qrels" / f"{plan.recipe.evaluation.split}.tsv").is_file()
-    if not is_judged or not any((plan.cache / "runs").glob("*/manifest.json")):
-        return None  # the student's weights need not be here yet, and are not asked for
-    return plan.hit("runs", plan.system_fields()["student:untrained"])
+    """The measured ranking by the untrained student; None where this cache has none, or the student is not here yet."""
+    if not any((plan.cache / "runs").glob("*/manifest.json")):
+        return None
+    try:
+        fields = plan.system_fields()["student:untrained"]
+    except (FileNotFoundError, ValueError):  # no such split or student: for the stage that needs them to refuse
+        return None
+    return plan.hit("runs", fields)
 
 
 def _spread(run: Artifact) -> float | None:

@@ -290,6 +290,18 @@ def test_a_measured_untrained_student_gives_the_scale(place: Place, monkeypatch:
     assert facts_of(page.folder)["calibration"]["set"] == '[labels.calibration] kind = "zscore", scale = 2 or above'
 
 
+def test_a_student_that_is_not_here_yet_is_not_needed(place: Place) -> None:
+    run = {"system": "student"}
+    with publish(place.plan.folder("runs", run), kind="run", fields=run, extra={}) as temporary:
+        (temporary / "run.trec").write_text("q0 Q0 x 1 14.0 s\n", encoding="utf-8")
+    elsewhere = place.plan_of(student={"model": str(place.folder / "not" / "here")})
+
+    page = examined(elsewhere, place.table(), {})
+
+    assert page is not None
+    assert facts_of(page.folder)["calibration"]["student_std"] is None
+
+
 def test_a_table_that_no_score_labels_has_no_page(place: Place) -> None:
     plan = place.plan_of(labels={"kind": "none", "num_negatives": 2}, training={"loss": "SparseMultipleNegativesRankingLoss"})
 
