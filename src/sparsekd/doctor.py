@@ -155,7 +155,7 @@ def suggested_calibration(student_std: float | None, *, num_teachers: int) -> di
         return {"student_std": None, "set": None, "how": how}
     how = (
         "labels then spread as the untrained student's dot products do over its best passages of the measured queries; over "
-        "candidates of all ranks these spread more"
+        "passages of all ranks these spread more"
     )
     return {"student_std": student_std, "set": f'[{section}] kind = "zscore", scale = {student_std:.3g} or above', "how": how}
 
