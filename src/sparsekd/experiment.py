@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsekd import gate
 from sparsekd.artifact import Artifact, key_of, publish, read_manifest, write_json_atomically
 from sparsekd.bank.embeddings import EmbeddingBank
 from sparsekd.bank.manifest import locked
 from sparsekd.bank.scores import ScoreBank, TeacherScores
 from sparsekd.collection.beir import Collection
+from sparsekd.doctor import describe, examined
 from sparsekd.labels.banked import BankedScores
 from sparsekd.labels.building import build_table, scored_teachers
-from sparsekd.labels.calibration import softmax_entropy
 from sparsekd.labels.rows import choose_rows, filter_pairs
 from sparsekd.labels.score_table import ScoreTable
 from sparsekd.labels.vectors import vector_teacher, vocabulary_digest
@@ -129,11 +130,12 @@ def score_table(experiment: Experiment) -> ScoreTable:
     hit = plan.hit("tables", plan.table_fields)
     if hit is not None:
         logger.info("table %s: hit, no pair scored", hit.key)
-        return described(ScoreTable.open(hit.folder), experiment.recipe)
+        return _examined(experiment, ScoreTable.open(hit.folder))
     mined = candidates(experiment)
     teachers = [experiment.teacher(name) for name in scored_teachers(experiment.recipe)]
-    counts = {**_score_pairs(experiment, mined, teachers), "mining": mined.counts}
-    banked = BankedScores(experiment.collection, {teacher.name: experiment.scores_of(teacher) for teacher in teachers})
+    scored, gates = _score_pairs(experiment, mined, teachers)
+    counts = {**scored, "mining": mined.counts}
+    banked = _banked(experiment, *teachers)
     rows = choose_rows(experiment.recipe, mined, banked)
     table = build_table(
         experiment.recipe,
@@ -143,10 +145,16 @@ def score_table(experiment: Experiment) -> ScoreTable:
         gold_sim=banked,
         vectors=_TeacherVectors(experiment) if experiment.recipe.labels.kind == "embedding" else None,
         counts=counts,
-        extra=experiment.provenance(),
+        extra={**experiment.provenance(), **({"gate": gates} if gates else {})},
     )
     logger.info("pairs: %d, %d scored, %d reused", counts["pairs"], counts["pairs_scored"], counts["pairs_reused"])
-    return described(table, experiment.recipe)
+    return _examined(experiment, table)
+
+
+def _examined(experiment: Experiment, table: ScoreTable) -> ScoreTable:
+    describe(table, experiment.recipe)
+    examined(experiment.plan, table, experiment.provenance())
+    return table
 
 
 class _TeacherVectors:
@@ -172,31 +180,63 @@ class _TeacherVectors:
 
 def _score_pairs(
     experiment: Experiment, mined: Candidates, teachers: Sequence[Teacher | BM25Teacher | FileTeacher]
-) -> dict[str, int]:
-    """Bank these teachers' scores of every (query, positive or candidate); return pairs, scored and reused over all of them.
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Bank these teachers' scores of every (query, positive or candidate).
 
-    Imported scores must be there already, which is seen before a model is asked.
+    Imported scores must be there already, which is seen before a model is asked. Returns pairs, scored and reused over all of them,
+    and the figures of the teachers that had to pass the gate.
     """
     total = {"pairs": 0, "pairs_scored": 0, "pairs_reused": 0}
+    gates: dict[str, Any] = {}
     if not teachers:
-        return total
-    from sparsekd.teachers.scoring import PairTexts
-
+        return total, gates
     query_ids, passage_ids = filter_pairs(mined)
     for teacher in teachers:
         if isinstance(teacher, FileTeacher):
             _require_imported(experiment, teacher, query_ids, passage_ids)
+    for teacher in teachers:
+        figures = _pass_gate(experiment, teacher, query_ids, passage_ids)
+        gates |= {teacher.name: figures} if figures else {}
+    texts = _pair_texts(experiment, query_ids, passage_ids)
+    for teacher in teachers:
+        counts = _bank(experiment, teacher, texts)
+        total = {name: value + getattr(counts, name) for name, value in total.items()}
+    return total, gates
+
+
+def _pass_gate(
+    experiment: Experiment,
+    teacher: Teacher | BM25Teacher | FileTeacher,
+    query_ids: Sequence[str],
+    passage_ids: Sequence[str],
+) -> dict[str, Any] | None:
+    """Measure a teacher that has many of these pairs to score; None where it has few, is no model, or the recipe has no gate."""
+    if not isinstance(teacher, Teacher) or not teacher.gate:
+        return None
+    if int(np.isnan(_banked(experiment, teacher)(teacher.name, query_ids, passage_ids)).sum()) < gate.LONG_RUN_PAIRS:
+        return None
+
+    def score(query_ids: Sequence[str], passage_ids: Sequence[str]) -> NDArray[np.float32]:
+        _bank(experiment, teacher, _pair_texts(experiment, query_ids, passage_ids))
+        return _banked(experiment, teacher)(teacher.name, query_ids, passage_ids)
+
+    return gate.check_teacher(teacher.name, experiment.collection, partial(_bm25_passages, experiment), score)
+
+
+def _banked(experiment: Experiment, *teachers: Teacher | BM25Teacher | FileTeacher) -> BankedScores:
+    return BankedScores(experiment.collection, {teacher.name: experiment.scores_of(teacher) for teacher in teachers})
+
+
+def _pair_texts(experiment: Experiment, query_ids: Sequence[str], passage_ids: Sequence[str]) -> PairTexts:
+    from sparsekd.teachers.scoring import PairTexts
+
     queries, passages = list(dict.fromkeys(query_ids)), list(dict.fromkeys(passage_ids))
-    texts = PairTexts(
+    return PairTexts(
         [experiment.collection.queries[query_id] for query_id in queries],
         [experiment.collection.passages[passage_id] for passage_id in passages],
         _positions(query_ids, queries),
         _positions(passage_ids, passages),
     )
-    for teacher in teachers:
-        counts = _bank(experiment, teacher, texts)
-        total = {name: value + getattr(counts, name) for name, value in total.items()}
-    return total
 
 
 def _require_imported(
@@ -204,9 +244,8 @@ def _require_imported(
 ) -> None:
     from sparsekd.teachers.file import require_imported
 
-    scores = experiment.scores_of(teacher)
-    gold_sim = BankedScores(experiment.collection, {teacher.name: scores})(teacher.name, query_ids, passage_ids)
-    require_imported(teacher, scores.folder, gold_sim, query_ids, passage_ids)
+    gold_sim = _banked(experiment, teacher)(teacher.name, query_ids, passage_ids)
+    require_imported(teacher, experiment.scores_of(teacher).folder, gold_sim, query_ids, passage_ids)
 
 
 def _bank(experiment: Experiment, teacher: Teacher | BM25Teacher | FileTeacher, texts: PairTexts) -> ScoringCounts:
@@ -229,31 +268,6 @@ def _bank(experiment: Experiment, teacher: Teacher | BM25Teacher | FileTeacher, 
 def _positions(ids: Sequence[str], unique: Sequence[str]) -> NDArray[np.int32]:
     place_by_id = {text_id: place for place, text_id in enumerate(unique)}
     return np.fromiter((place_by_id[text_id] for text_id in ids), dtype=np.int32, count=len(ids))
-
-
-def described(table: ScoreTable, recipe: Recipe) -> ScoreTable:
-    """Log what the training's loss makes of the table where widths do not tell; return the table.
-
-    How sharp a target KL's softmax makes of score lists, the range that similarities were moved from, how sparse the vectors are.
-    """
-    if "SparseDistillKLDivLoss" in recipe.training.losses and table.kind == "score_list":
-        entropy, support = softmax_entropy(table.labels(), recipe.training.temperature)
-        logger.info(
-            "softmax at temperature %g: entropy %.3f nats, effective support %.2f of %d passages",
-            recipe.training.temperature,
-            entropy,
-            support,
-            table.num_passages,
-        )
-    if table.kind == "similarity":
-        low, high = table.contract.label_range or (0.0, 0.0)
-        mean = table.summary["similarity"]["mean"]
-        logger.info("similarity: gold_sim %.4f at 0, %.4f at 1, mean similarity %.3f", low, high, mean)
-    if table.kind == "embedding":
-        active = table.summary["active_dims"]
-        dimension = table.contract.dimension
-        logger.info("vectors: %d dims, active %.1f query, %.1f passage", dimension, active["query"], active["passage"])
-    return table
 
 
 def student(experiment: Experiment) -> Artifact:

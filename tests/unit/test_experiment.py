@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -209,6 +210,44 @@ def test_another_view_of_bm25_and_a_dense_teacher_asks_neither(
     assert (again.counts["pairs_scored"], again.counts["pairs_reused"]) == (0, first.counts["pairs"])
 
 
+# A dense, a sparse and a lexical teacher: published ensembles, then what else a view can be
+VIEWS: dict[str, dict[str, Any]] = {
+    "splade-v3": {"calibration": {"kind": "minmax"}},
+    "splade-v3 rescored": {"calibration": {"kind": "minmax"}, "rescale": {"kind": "affine", "reference": "dense"}},
+    "opensearch": {"calibration": {"kind": "minmax", "scale": 30.0}},
+    "weighted sum": {"combine": "sum", "weights": {"splade": 2.0, "dense": 0.5, "lexical": 1.0}},
+    "to a teacher's scale": {"calibration": {"kind": "affine", "reference": "splade"}},
+    "to an ignored teacher's scale": {
+        "calibration": {"kind": "affine", "reference": "lexical"},
+        "weights": {"splade": 1.0, "dense": 1.0, "lexical": 0.0},
+    },
+    "one each": {
+        "calibration": {"kind": "rank"},
+        "calibrations": {"dense": {"kind": "percentile"}, "lexical": {"kind": "zscore", "scale": 0.2}},
+    },
+    "renormalize": {"missing": "renormalize", "calibration": {"kind": "zscore"}},
+}
+
+
+def test_no_calibration_and_no_ensemble_scores_a_pair_again(
+    make_experiment: Make, tiny_splade_folder: Path, tiny_encoder_folder: Path
+) -> None:
+    teachers = [
+        {"name": "splade", "kind": "sparse", "model": str(tiny_splade_folder)},
+        {"name": "dense", "kind": "dense", "model": str(tiny_encoder_folder)},
+        LEXICAL,
+    ]
+    unable = run_of(make_experiment, "cuda:99")
+    first = score_table(make_experiment({}, teachers=teachers))  # Hofstätter's mean of raw scores
+    assert first.counts["pairs_scored"] == first.counts["pairs"] > 0
+
+    tables = {view: score_table(make_experiment(labels, teachers=teachers, run=unable)) for view, labels in VIEWS.items()}
+
+    assert {view: table.counts["pairs_scored"] for view, table in tables.items()} == dict.fromkeys(VIEWS, 0)
+    assert {table.counts["pairs_reused"] for table in tables.values()} == {first.counts["pairs"]}
+    assert len({first.key, *(table.key for table in tables.values())}) == len(VIEWS) + 1
+
+
 def test_a_bm25_teacher_filters_candidates(make_experiment: Make) -> None:
     mining = {"miners": [{"kind": "bm25", "quota": 3}], "filter": {"by": "lexical", "absolute_margin": 0.0}}
     kinds = {"kind": "none", "num_negatives": 1}
@@ -274,6 +313,54 @@ def test_imported_scores_and_a_model_label_together(make_experiment: Make) -> No
     num_pairs = len(filter_pairs(candidates(experiment))[0])
     assert (table.counts["pairs_scored"], table.counts["pairs_reused"]) == (num_pairs, num_pairs)
     assert table.labels().max() <= 0
+
+
+def collection_of_cats(folder: Path) -> Path:
+    """A BEIR folder of 12 queries, each with one passage that BM25 finds first and three that share a word with it."""
+    words = "cat dog bird fish river bridge tower king queen school war snow".split()
+    passages = [{"_id": f"p{n}", "text": f"{word} {word} {word}"} for n, word in enumerate(words)]
+    passages += [{"_id": f"o{n}-{m}", "text": f"{word} {'heat flow air'.split()[m]} the wing of it"} for n, word in enumerate(words)
+                 for m in range(3)]  # fmt: skip
+    queries = [{"_id": f"q{n}", "text": word} for n, word in enumerate(words)]
+    (folder / "qrels").mkdir(parents=True)
+    for name, rows in (("corpus", passages), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    judged = "".join(f"q{n}\tp{n}\t1\n" for n in range(len(words)))
+    (folder / "qrels" / "train.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judged}", encoding="utf-8")
+    return folder
+
+
+def test_a_teacher_that_ranks_worse_than_bm25_is_stopped_before_a_long_run(
+    make_experiment: Make, tiny_encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsekd.gate.LONG_RUN_PAIRS", 48)  # 12 positives and 36 candidates: just long
+    teacher = {"name": "blind", "kind": "dense", "model": str(tiny_encoder_folder), "max_length": 2}  # sees special tokens only
+    sections: dict[str, Any] = {"collection": {"path": str(collection_of_cats(tmp_path / "cats"))}}
+
+    message = r"\[\[teachers\]\] 'blind' ranks worse than BM25: nDCG@10 0\.431 reranking .* 12 train queries; BM25 1\.000, "
+    with pytest.raises(ValueError, match=message):
+        score_table(make_experiment({}, teachers=[teacher], **sections))
+    table = score_table(make_experiment({}, teachers=[{**teacher, "gate": False}], **sections))
+
+    assert "gate" not in table.artifact.manifest
+    assert table.counts["pairs"] == 48
+    assert table.counts["pairs_reused"] == 48  # BM25 found all of them: what the gate has scored stays in the bank
+
+
+def test_a_teacher_passes_the_gate_once_and_its_figures_stay_with_the_table(
+    make_experiment: Make, tiny_encoder_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsekd.gate.LONG_RUN_PAIRS", 48)
+    monkeypatch.setattr("sparsekd.gate.GateFigures.is_passed", True)
+    teachers = [{"name": "dense", "kind": "dense", "model": str(tiny_encoder_folder)}, LEXICAL]
+    sections: dict[str, Any] = {"collection": {"path": str(collection_of_cats(tmp_path / "cats"))}}
+
+    first = score_table(make_experiment({}, teachers=teachers, **sections))
+    again = score_table(make_experiment({"weights": {"dense": 1.0, "lexical": 2.0}}, teachers=teachers, **sections))
+
+    assert list(first.artifact.manifest["gate"]) == ["dense"]
+    assert first.artifact.manifest["gate"]["dense"]["bm25"] == pytest.approx(1.0)
+    assert "gate" not in again.artifact.manifest  # nothing left to score
 
 
 def test_a_change_of_rows_encodes_only_new_texts(make_experiment: Make) -> None:

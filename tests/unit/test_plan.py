@@ -72,6 +72,7 @@ SETTINGS: list[tuple[list[str], str, set[str]]] = [
     ([], "teachers.judge.max_length=64", FROM_TABLE),
     ([], "teachers.judge.passage_prompt='p: '", FROM_TABLE),
     ([], "teachers.judge.dtype=float16", FROM_TABLE),
+    ([], "teachers.judge.gate=false", NONE),
     ([], "teachers.judge.name=referee", EVALUATION),  # metrics are listed by name
     ([], "labels.num_negatives=3", FROM_TABLE),
     ([], "labels.selection=random", FROM_TABLE),
@@ -81,6 +82,16 @@ SETTINGS: list[tuple[list[str], str, set[str]]] = [
     ([], "labels.calibration.scale=30.0", NONE),  # "raw" has no scale
     (["labels.calibration.kind=minmax"], "labels.calibration.scale=30.0", FROM_TABLE),
     (["labels.calibration.kind=affine"], "labels.calibration.mean=3.0", FROM_TABLE),
+    ([], "labels.calibrations.judge.kind=zscore", FROM_TABLE),
+    (["labels.calibration.kind=zscore"], "labels.calibrations.judge.kind=zscore", NONE),
+    (["labels.calibration.kind=affine"], "labels.calibration.reference=judge", FROM_TABLE),
+    ([], "labels.calibration.kind=rank", FROM_TABLE),
+    ([], "labels.calibration.kind=percentile", FROM_TABLE),
+    ([], "labels.rescale.kind=zscore", FROM_TABLE),
+    ([], "labels.rescale.scale=9.0", NONE),  # "raw" has no scale
+    ([], "labels.combine=sum", NONE),  # of one teacher of weight 1
+    (["labels.weights={judge = 2.0}"], "labels.combine=sum", FROM_TABLE),
+    ([], "labels.missing=renormalize", NONE),  # among one teacher nothing is shared out
     ([], "labels.weights={judge = 2.0}", NONE),  # one teacher's share is the whole
     (["training.loss=SparseMarginMSELoss"], "labels.kind=margin", FROM_TABLE),
     ([], "labels.layout=triplets", FROM_TABLE),

@@ -176,6 +176,15 @@ def test_every_line_of_a_refusal_begins_with_the_file(recipe_path: Path) -> None
     [
         (WHOLE + "lambda_pasage = 1", "[student] lambda_pasage is not a known key; did you mean lambda_passage?"),
         (WHOLE + "[labels.calibration]\nkidn = 'raw'", "[labels.calibration] kidn is not a known key; did you mean kind?"),
+        (
+            WHOLE + "[labels.calibrations.t]\nkidn = 'raw'",
+            "[labels.calibrations.t] kidn is not a known key; did you mean kind?",
+        ),
+        (
+            WHOLE + "[labels.calibrations.student]\nkidn = 'raw'",
+            "[labels.calibrations.student] kidn is not a known key; did you mean kind?",
+        ),
+        (WHOLE + "[labels.rescale]\nscal = 1", "[labels.rescale] scal is not a known key; did you mean scale?"),
         (WHOLE + "[trainning]\n", "[top level] trainning is not a known key; did you mean training?"),
         (WHOLE + "[mining.filter]\nxyz = 1", "[mining.filter] xyz is not a known key; expected one of: by, absolute_margin, "),
         ("[collection]\nmax_pasages = 1\n", "[collection] max_pasages is not a known key; did you mean max_passages?"),
@@ -329,6 +338,33 @@ def test_an_error_inside_a_list_is_reported_once(refusal: Refusal) -> None:
             "[labels] weights leaves out 'u'; name every teacher (0 ignores one) or none",
         ),
         (WHOLE, ["labels.weights.t=0"], "[labels] weights has no positive weight; give at least one teacher a weight above 0"),
+        (
+            WHOLE,
+            ["labels.calibrations.u.kind=rank"],
+            "[labels] calibrations names 'u', which is no teacher; expected one of ['t']",
+        ),
+        (
+            WHOLE,
+            ["labels.calibration.kind=affine", "labels.calibration.reference=u"],
+            "[labels.calibration] reference = 'u' is no teacher; expected one of ['t']",
+        ),
+        (
+            WHOLE,
+            ["labels.calibrations.t.kind=zscore", "labels.calibrations.t.reference=t"],
+            "[labels.calibrations.t] reference = 't' acts on kind = \"affine\" only, not on \"zscore\"; "
+            'set kind = "affine" or remove the key',
+        ),
+        (
+            WHOLE,
+            ["labels.rescale={kind = 'affine', reference = 't', std = 2.0}"],
+            "[labels.rescale] std = 2.0 beside reference = 't', which gives mean and std; remove one of the two",
+        ),
+        (
+            WHOLE,
+            ["labels.rescale.kind=minmax"],
+            '[labels.rescale] kind = "minmax" is for one teacher\'s scores; combined scores take "raw" or "zscore" or "affine": '
+            "set one of them, or move the section to [labels.calibration]",
+        ),
         (WHOLE, ["mining.filter.by=u"], "[mining.filter] by = 'u': expected 'miner' or one of the teachers ['t']"),
         (
             WHOLE,

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from sparsekd.artifact import key_of, publish
 from sparsekd.labels.calibration import effective_calibration
-from sparsekd.labels.combining import Scores, combined_scores, score_range, summarize
+from sparsekd.labels.combining import Scores, calibration_of, combined_scores, known_range, score_range, summarize
 from sparsekd.labels.contract import KIND, TABLE_VERSION, Contract, Kind, table_schema
 from sparsekd.labels.conversions import margins, triplet_ids, triplet_scores
 from sparsekd.labels.rows import GoldSim, Rows, filtering_teacher
@@ -36,8 +36,9 @@ log = logging.getLogger(__name__)
 
 
 def teacher_weights(recipe: Recipe) -> dict[str, float]:
-    """Return each labelling teacher's share of the mean, in recipe order; teachers of weight 0 are not asked and not listed.
+    """Return the factor of each labelling teacher's scores, in recipe order; teachers of weight 0 do not label and are not listed.
 
+    Shares that add up to 1 for a mean, the weights as they are for a sum, so that a sum of weights that add up to 1 is the mean.
     Empty for kind none, which no teacher labels; the one sparse teacher for embedding.
     """
     if recipe.labels.kind == "none":
@@ -45,7 +46,7 @@ def teacher_weights(recipe: Recipe) -> dict[str, float]:
     if recipe.labels.kind == "embedding":
         return {vector_teacher(recipe): 1.0}
     given = recipe.labels.weights or {teacher.name: 1.0 for teacher in recipe.teachers}
-    total = sum(given.values())
+    total = sum(given.values()) if recipe.labels.combine == "mean" else 1.0
     return {teacher.name: given[teacher.name] / total for teacher in recipe.teachers if given.get(teacher.name, 0) > 0}
 
 
@@ -78,14 +79,30 @@ def table_fields(recipe: Recipe, candidates_key: str, teacher_identities: Mappin
         "kind": labels.kind,
         "num_negatives": labels.num_negatives,
         "selection": {"kind": labels.selection} | ({"seed": labels.seed} if labels.selection == "random" else {}),
-        "calibration": None if labels.kind in ("none", "embedding") else effective_calibration(labels.calibration),
-        "teachers": [
-            {"identity": dict(teacher_identities[name]), "weight": weight} for name, weight in teacher_weights(recipe).items()
-        ],
+        **_combination_fields(recipe, teacher_identities),
         "filter": None
         if filtering is None
         else {**recipe.mining.filter.model_dump(exclude={"by"}), "identity": dict(teacher_identities[filtering])},
         **({"layout": "triplets"} if _becomes_triplets(recipe) else {}),
+    }
+
+
+def _combination_fields(recipe: Recipe, teacher_identities: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What decides a passage's score, given the rows: one calibration where it is all teachers', else each teacher's own."""
+    labels, weights = recipe.labels, teacher_weights(recipe)
+    teachers = [{"identity": dict(teacher_identities[name]), "weight": weight} for name, weight in weights.items()]
+    if labels.kind in ("none", "embedding"):
+        return {"calibration": None, "teachers": teachers}
+    keys = {name: key_of(identity) for name, identity in teacher_identities.items()}
+    effective = [effective_calibration(calibration_of(labels, name), keys) for name in weights]
+    is_one = all(each == effective[0] for each in effective)
+    if not is_one:
+        teachers = [{**teacher, "calibration": each} for teacher, each in zip(teachers, effective, strict=True)]
+    return {
+        "calibration": effective[0] if is_one else None,
+        "teachers": teachers,
+        **({"missing": labels.missing} if labels.missing != "require" and len(weights) > 1 else {}),
+        **({"rescale": effective_calibration(labels.rescale, keys)} if labels.rescale.kind != "raw" else {}),
     }
 
 
@@ -146,11 +163,16 @@ def _scored_rows(recipe: Recipe, rows: Rows, fields: Mapping[str, Any], gold_sim
     if gold_sim is None:
         raise ValueError(f"[labels] kind = {recipe.labels.kind!r} needs teacher scores; none were given")
     labels = recipe.labels
-    scores, is_kept_R, raw = combined_scores(rows, teacher_weights(recipe), labels.calibration, gold_sim)
-    kept = np.flatnonzero(is_kept_R).tolist()
+    combined = combined_scores(rows, teacher_weights(recipe), labels, gold_sim)
+    scores, kept = combined.gold_sim, np.flatnonzero(combined.is_kept).tolist()
     query_ids, passage_ids = [rows.query_ids[row] for row in kept], [rows.passage_ids[row] for row in kept]
     dropped = {**rows.dropped, "constant_scores": len(rows.query_ids) - len(kept)}
-    summary = {**summarize(scores, labels.kind), "raw_gold_sim": {name: score_range(part) for name, part in raw.items()}}
+    summary = {
+        **summarize(scores, labels.kind),
+        "raw_gold_sim": {name: known_range(part) for name, part in combined.raw.items()},
+    }
+    if "missing" in fields:
+        summary["unscored"] = {name: int(np.isnan(part).sum()) for name, part in combined.raw.items()}
     if _becomes_triplets(recipe):
         query_ids, passage_ids = triplet_ids(query_ids, passage_ids)
         scores = triplet_scores(scores)
@@ -166,6 +188,7 @@ def _scored_rows(recipe: Recipe, rows: Rows, fields: Mapping[str, Any], gold_sim
         num_passages=len(passage_ids[0]),
         teachers=_without_names(fields),
         calibration=fields["calibration"],
+        rescale=fields.get("rescale"),
         label_range=label_range,
     )
     return _Made(len(query_ids), _tables(labels.kind, contract, query_ids, passage_ids, label_values), dropped, summary)
@@ -200,8 +223,8 @@ def _texts(rows: Rows, fields: Mapping[str, Any], vectors: VectorSource | None) 
 
 
 def _without_names(fields: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """What a table says of its teachers: key of the identity, and share of the mean."""
-    return tuple({"identity": key_of(teacher["identity"]), "weight": teacher["weight"]} for teacher in fields["teachers"])
+    """What a table says of its teachers: key of the identity, factor, and calibration where they differ."""
+    return tuple({**teacher, "identity": key_of(teacher["identity"])} for teacher in fields["teachers"])
 
 
 def _becomes_triplets(recipe: Recipe) -> bool:

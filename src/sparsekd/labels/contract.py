@@ -48,9 +48,12 @@ class Contract:
     num_passages: int
     """Per row; 1 for similarity, 0 for embedding."""
     teachers: tuple[Mapping[str, Any], ...] = ()
-    """{"identity": key, "weight": share}, without names, which change no label; empty where no teacher labels."""
+    """{"identity": key, "weight": factor}, and "calibration" where teachers' differ; without names, which change no label. Empty
+    where no teacher labels."""
     calibration: Mapping[str, Any] | None = None
-    """Settings that acted; None where no score was calibrated."""
+    """Settings that acted on every teacher; None where no score was calibrated, or each teacher has its own."""
+    rescale: Mapping[str, Any] | None = None
+    """Settings that acted on the combined scores; None where none did."""
     label_range: tuple[float, float] | None = None
     """similarity: combined gold_sim at 0 and at 1."""
     dimension: int | None = None
@@ -78,7 +81,12 @@ def table_schema(kind: Kind, contract: Contract) -> pa.Schema:
             pa.field("values", pa.list_(pa.float32()), nullable=False),
         ],
     }
-    said: dict[str, Any] = {"range": contract.label_range, "dimension": contract.dimension, "vocabulary": contract.vocabulary}
+    said: dict[str, Any] = {
+        "rescale": contract.rescale and dict(contract.rescale),
+        "range": contract.label_range,
+        "dimension": contract.dimension,
+        "vocabulary": contract.vocabulary,
+    }
     metadata = {
         "sparsekd.kind": kind,
         "sparsekd.order": ORDERS[kind],
@@ -104,11 +112,13 @@ def read_metadata(path: Path, schema: Any) -> tuple[Kind, Contract]:
         if metadata.get(name) != value:
             raise IntegrityError(f"{path}: metadata {name} is {metadata.get(name)!r}, expected {value!r}; rebuild the table")
     try:
-        said = {name: json.loads(metadata.get(f"sparsekd.{name}", "null")) for name in ("range", "dimension", "vocabulary")}
+        optional = ("rescale", "range", "dimension", "vocabulary")
+        said = {name: json.loads(metadata.get(f"sparsekd.{name}", "null")) for name in optional}
         contract = Contract(
             num_passages=int(metadata["sparsekd.num_passages"]),
             teachers=tuple(json.loads(metadata["sparsekd.teachers"])),
             calibration=json.loads(metadata["sparsekd.calibration"]),
+            rescale=said["rescale"],
             label_range=None if said["range"] is None else (float(said["range"][0]), float(said["range"][1])),
             dimension=said["dimension"],
             vocabulary=said["vocabulary"],

@@ -102,6 +102,19 @@ def require_scores(scores: NDArray[np.float32], teacher: str, query_ids: Sequenc
         )
 
 
+def require_known_scores(
+    scores: NDArray[np.float32], teacher: str, query_ids: Sequence[str], passage_ids: Sequence[str]
+) -> None:
+    """Raise ValueError, naming how many and the first, if a score is infinite; NaN is a pair not scored."""
+    bad = np.flatnonzero(np.isinf(scores))
+    if bad.size:
+        first = int(bad[0])
+        raise ValueError(
+            f"score bank: {bad.size:,} of {len(scores):,} gold_sim by teacher {teacher!r} are infinite (first: query "
+            f"{query_ids[first]!r}, passage {passage_ids[first]!r}); expected finite numbers, or none; check the teacher"
+        )
+
+
 def _blocks(candidates: Iterable[CandidateRow]) -> Iterator[list[CandidateRow]]:
     rows = iter(candidates)
     while block := list(islice(rows, _QUERY_BLOCK)):

@@ -83,12 +83,12 @@ class ScoreTable:
 
     @property
     def teachers(self) -> list[dict[str, Any]]:
-        """{"identity": key, "weight": share} of each teacher that labels."""
+        """{"identity": key, "weight": factor} of each teacher that labels, and its "calibration" where they differ."""
         return [dict(teacher) for teacher in self.contract.teachers]
 
     @property
     def calibration(self) -> dict[str, Any]:
-        """Settings that acted on the scores; empty where there are none."""
+        """Settings that acted on every teacher's scores; empty where there are none, or each teacher has its own."""
         return dict(self.contract.calibration or {})
 
     @property

@@ -108,6 +108,8 @@ _MODELS: dict[str, type[BaseModel]] = {
     "filter": NegativeFilter,
     "labels": Labels,
     "calibration": Calibration,
+    "calibrations": Calibration,
+    "rescale": Calibration,
     "student": Student,
     "budget": Budget,
     "training": Training,
@@ -133,5 +135,6 @@ def _known_keys(location: Sequence[str | int]) -> list[str]:
     """Keys of the model that refused the unknown key at the end of ``location``."""
     model: type[BaseModel] = Recipe
     for part in location[:-1]:
-        model = (_MODELS | _kinds_of(location)).get(str(part), model)
+        if model is not Calibration:  # what follows calibrations is a teacher's name, which may read like a section's
+            model = (_MODELS | _kinds_of(location)).get(str(part), model)
     return list(model.model_fields)

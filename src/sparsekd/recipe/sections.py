@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sparsekd.recipe import rules
+from sparsekd.recipe import ensembles, rules
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -103,6 +103,9 @@ class Teacher(EncoderSpec):
     kind: Literal["dense", "cross-encoder", "sparse"]
     """``dense``: the bi-encoder's own similarity. ``cross-encoder``: the logit, no activation. ``sparse``: the dot product of a
     SparseEncoder's vectors."""
+    gate: bool = True
+    """Before it scores 20,000 pairs or more, have it rerank BM25's best passages of judged queries, and stop the run if it ranks
+    worse than BM25: a broken teacher costs minutes, not hours. Changes no score."""
 
     @property
     def reference(self) -> str:
@@ -147,15 +150,18 @@ class FileTeacher(_Section):
 class Calibration(_Section):
     """A view over raw scores; changing it calls no teacher."""
 
-    kind: Literal["raw", "zscore", "minmax", "affine"] = "raw"
+    kind: Literal["raw", "zscore", "minmax", "affine", "rank", "percentile"] = "raw"
     """``raw`` as scored; ``zscore`` (x − mean) / std over all of the teacher's scores in the table; ``minmax`` per query to
-    0..scale; ``affine`` to the reference mean and std."""
+    0..scale; ``affine`` to the reference mean and std; ``rank`` per query, the share of the other passages that it is above;
+    ``percentile`` the share of all positives that it is not below."""
     scale: float = Field(default=1.0, gt=0)
-    """Multiplies zscore and minmax; OpenSearch's recipe is minmax with 30."""
+    """Multiplies zscore, minmax, rank and percentile; OpenSearch's recipe is minmax with 30."""
     mean: float = 0.0
     """Reference mean for affine."""
     std: float = Field(default=1.0, gt=0)
     """Reference standard deviation for affine."""
+    reference: str | None = None
+    """Teacher whose raw scores in the table give affine its mean and std; it may weigh 0. None takes the numbers stated."""
 
 
 class Labels(_Section):
@@ -175,8 +181,17 @@ class Labels(_Section):
     """Seed of random selection."""
     calibration: Calibration = Calibration()
     """Applied to each teacher before they are combined."""
+    calibrations: dict[str, Calibration] = {}
+    """Calibration per teacher name, instead of ``calibration``, for those that are named."""
     weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """Weight per teacher name in the weighted mean, every teacher named; empty means every teacher equally."""
+    """Weight per teacher name, every teacher named; empty means every teacher equally."""
+    combine: Literal["mean", "sum"] = "mean"
+    """``mean`` divides the weighted sum of the teachers' calibrated scores by the sum of the weights; ``sum`` takes it as it is."""
+    missing: Literal["require", "renormalize"] = "require"
+    """A pair that a teacher of the mix has not scored: ``require`` refuses it; ``renormalize`` shares that teacher's weight out
+    among those that have, in proportion to theirs. A pair that none has scored is refused always."""
+    rescale: Calibration = Calibration()
+    """Applied to the combined scores, over the whole table: raw, zscore or affine; SPLADE-v3's recipe is affine to a reference."""
 
 
 class Budget(_Section):
@@ -369,6 +384,7 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         rules.check_names(self)
+        ensembles.check_calibrations(self)
         rules.check_candidates_fill_rows(self)
         rules.check_pairings(self)
         return self

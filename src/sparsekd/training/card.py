@@ -112,10 +112,18 @@ def _labels(recipe: Recipe, table: ScoreTable) -> str:
         return f"No labels: {table.num_passages} passages a row, positive first."
     if table.kind == "embedding":
         return "Labels: the teacher's vectors."
-    calibration = f"Calibration `{recipe.labels.calibration.kind}`, labels `{table.kind}`"
+    calibration = f"Calibration {_calibration(recipe)}, labels `{table.kind}`"
     if table.kind == "similarity":
         return f"{calibration}, one pair a row."
     return f"{calibration}, {table.num_passages} passages a row, positive first."
+
+
+def _calibration(recipe: Recipe) -> str:
+    """Kind for all teachers, then those of teachers that have their own, and what became of the combined scores."""
+    labels = recipe.labels
+    own = [f"`{calibration.kind}` for {name}" for name, calibration in labels.calibrations.items()]
+    rescale = [] if labels.rescale.kind == "raw" else [f"combined scores by `{labels.rescale.kind}`"]
+    return ", ".join([f"`{labels.calibration.kind}`", *own, *rescale])
 
 
 def _json(value: Any) -> str:
