@@ -83,6 +83,25 @@ def test_a_teacher_that_filters_rows_without_labels_is_the_only_one_asked(make_e
     assert files(experiment) == {"scores", "embeddings"}
 
 
+def test_a_teacher_whose_range_is_covered_is_the_only_one_asked_for_rows_without_labels(make_experiment: Make) -> None:
+    labels = {"kind": "none", "num_negatives": 2, "selection": "stratified", "selection_teacher": "dense"}
+    experiment = make_experiment(labels, "SparseMultipleNegativesRankingLoss")
+
+    table = score_table(experiment)
+
+    assert table.counts["pairs"] == table.counts["pairs_scored"] > 0
+    assert files(experiment) == {"scores", "embeddings"}
+    assert len(table) == len(score_table(make_experiment({**labels, "selection": "top"}, "SparseMultipleNegativesRankingLoss")))
+
+
+def test_another_selection_of_negatives_scores_no_pair(make_experiment: Make) -> None:
+    score_table(make_experiment({}))
+
+    table = score_table(make_experiment({"selection": "stratified", "selection_teacher": "dense"}))
+
+    assert table.counts["pairs_scored"] == 0
+
+
 def test_similarities_and_scores_share_the_bank(make_experiment: Make, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="sparsekd")
     scores = score_table(make_experiment({}))

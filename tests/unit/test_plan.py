@@ -76,6 +76,10 @@ SETTINGS: list[tuple[list[str], str, set[str]]] = [
     ([], "labels.selection=random", FROM_TABLE),
     ([], "labels.seed=1", NONE),  # "top" draws nothing
     (["labels.selection=random"], "labels.seed=1", FROM_TABLE),
+    ([], "labels.selection=stratified", FROM_TABLE),
+    (["labels.selection=stratified"], "labels.seed=1", FROM_TABLE),
+    (["labels.selection=stratified"], "labels.selection_teacher=judge", NONE),  # the only teacher
+    ([], "labels.selection_teacher=judge", NONE),  # "top" reads no score
     ([], "labels.calibration.kind=zscore", FROM_TABLE),
     ([], "labels.calibration.scale=30.0", NONE),  # "raw" has no scale
     (["labels.calibration.kind=minmax"], "labels.calibration.scale=30.0", FROM_TABLE),

@@ -319,6 +319,17 @@ def test_an_error_inside_a_list_is_reported_once(refusal: Refusal) -> None:
         (WHOLE, ["mining.filter.by=u"], "[mining.filter] by = 'u': expected 'miner' or one of the teachers ['t']"),
         (
             WHOLE,
+            ["labels.selection_teacher=u"],
+            "[labels] selection_teacher = 'u': expected one of the teachers ['t']",
+        ),
+        (
+            WHOLE + TEACHER.replace('"t"', '"u"'),
+            ["labels.selection=stratified"],
+            '[labels] selection = "stratified" covers one teacher\'s range of scores, and the recipe has 2: [\'t\', \'u\']; '
+            "name one as selection_teacher",
+        ),
+        (
+            WHOLE,
             ["mining.miners.bm25.skip=97"],
             "[mining.miners.0] depth = 100 is less than skip + quota = 101: the quota can never be filled; raise depth",
         ),

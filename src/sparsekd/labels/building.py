@@ -19,7 +19,7 @@ from sparsekd.labels.calibration import effective_calibration
 from sparsekd.labels.combining import Scores, combined_scores, score_range, summarize
 from sparsekd.labels.contract import KIND, TABLE_VERSION, Contract, Kind, table_schema
 from sparsekd.labels.conversions import margins, triplet_ids, triplet_scores
-from sparsekd.labels.rows import GoldSim, Rows, filtering_teacher
+from sparsekd.labels.rows import GoldSim, Rows, filtering_teacher, reading_teachers, selecting_teacher
 from sparsekd.labels.score_table import ScoreTable
 from sparsekd.labels.vectors import (
     VectorSource,
@@ -52,10 +52,11 @@ def teacher_weights(recipe: Recipe) -> dict[str, float]:
 def scored_teachers(recipe: Recipe) -> list[str]:
     """Return the names of the teachers whose scores of every candidate the table asks for, in recipe order.
 
-    All of them where scores label, also those of weight 0, so that a change of weights calls none; else a filtering one only.
+    All of them where scores label, also those of weight 0, so that a change of weights calls none; else those that decide which
+    rows there are.
     """
     if recipe.labels.kind in ("none", "embedding"):
-        return [name for name in [filtering_teacher(recipe)] if name is not None]
+        return [teacher.name for teacher in recipe.teachers if teacher.name in reading_teachers(recipe)]
     return [teacher.name for teacher in recipe.teachers]
 
 
@@ -67,8 +68,8 @@ def table_folder(cache: Path, fields: Mapping[str, Any]) -> Path:
 def table_fields(recipe: Recipe, candidates_key: str, teacher_identities: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return everything that can change the table, for ``artifact.key_of``.
 
-    ``teacher_identities`` by name; those of teachers that neither label nor filter do not enter, nor do names, settings that do
-    not act (a seed under ``top``, a calibration where no score labels, triplets of one negative), or anything of training.
+    ``teacher_identities`` by name; those of teachers that neither label, filter nor select do not enter, nor do names, settings
+    that do not act (a seed under ``top``, a calibration where no score labels, triplets of one negative), or anything of training.
     """
     labels, filtering = recipe.labels, filtering_teacher(recipe)
     return {
@@ -77,7 +78,7 @@ def table_fields(recipe: Recipe, candidates_key: str, teacher_identities: Mappin
         "candidates": candidates_key,
         "kind": labels.kind,
         "num_negatives": labels.num_negatives,
-        "selection": {"kind": labels.selection} | ({"seed": labels.seed} if labels.selection == "random" else {}),
+        "selection": _selection_fields(recipe, teacher_identities),
         "calibration": None if labels.kind in ("none", "embedding") else effective_calibration(labels.calibration),
         "teachers": [
             {"identity": dict(teacher_identities[name]), "weight": weight} for name, weight in teacher_weights(recipe).items()
@@ -87,6 +88,13 @@ def table_fields(recipe: Recipe, candidates_key: str, teacher_identities: Mappin
         else {**recipe.mining.filter.model_dump(exclude={"by"}), "identity": dict(teacher_identities[filtering])},
         **({"layout": "triplets"} if _becomes_triplets(recipe) else {}),
     }
+
+
+def _selection_fields(recipe: Recipe, teacher_identities: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What decides which candidates become negatives."""
+    labels, selecting = recipe.labels, selecting_teacher(recipe)
+    fields: dict[str, Any] = {"kind": labels.selection} | ({} if labels.selection == "top" else {"seed": labels.seed})
+    return fields if selecting is None else {**fields, "identity": dict(teacher_identities[selecting])}
 
 
 def build_table(

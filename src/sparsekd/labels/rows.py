@@ -7,18 +7,18 @@ The rows of a query depend on that query alone.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, zip_longest
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsekd.labels.negatives import choose_negatives
 from sparsekd.mining.candidates import CandidateRow
 from sparsekd.mining.selection import ceiling_of, has_margin
-from sparsekd.recipe import Labels, NegativeFilter, Recipe
+from sparsekd.recipe import NegativeFilter, Recipe
 
 GoldSim = Callable[[str, Sequence[str], Sequence[str]], NDArray[np.float32]]
 """(teacher name, query_ids, passage_ids) -> float32 [n]: raw scores of aligned pairs, NaN where the bank has none."""
@@ -52,31 +52,45 @@ def filtering_teacher(recipe: Recipe) -> str | None:
     return negative_filter.by if negative_filter.by != "miner" and has_margin(negative_filter) else None
 
 
+def selecting_teacher(recipe: Recipe) -> str | None:
+    """Return the name of the teacher over whose scores negatives are chosen, None where they are chosen without."""
+    if recipe.labels.selection != "stratified":
+        return None
+    return recipe.labels.selection_teacher or recipe.teachers[0].name
+
+
+def reading_teachers(recipe: Recipe) -> list[str]:
+    """Return the names of the teachers whose scores of every candidate decide which rows there are, each once."""
+    return [name for name in dict.fromkeys([filtering_teacher(recipe), selecting_teacher(recipe)]) if name is not None]
+
+
 def filter_pairs(candidates: Iterable[CandidateRow]) -> tuple[list[str], list[str]]:
-    """Return aligned query_ids and passage_ids of every positive and candidate: what a filtering teacher must have scored."""
+    """Return aligned query_ids and passage_ids of every positive and candidate: what a reading teacher must have scored."""
     return _aligned(_pairs_of(candidates))
 
 
 def choose_rows(recipe: Recipe, candidates: Iterable[CandidateRow], gold_sim: GoldSim | None = None) -> Rows:
     """Return the table's rows, in the order of ``candidates`` and their positives.
 
-    With ``filtering_teacher``, ``gold_sim`` must know its scores of ``filter_pairs``; a candidate scoring above the ceiling set
-    by the query's weakest scored positive is left out. A row with fewer than ``num_negatives`` is dropped and counted.
+    ``gold_sim`` must know the ``reading_teachers``' scores of ``filter_pairs``. A candidate that the filtering teacher scores above
+    the ceiling set by the query's weakest scored positive is left out. A row with fewer than ``num_negatives`` is dropped and
+    counted.
     Raises ValueError if a score is missing or no row is left.
     """
-    labels, teacher = recipe.labels, filtering_teacher(recipe)
+    labels, filtering, selecting = recipe.labels, filtering_teacher(recipe), selecting_teacher(recipe)
     query_ids: list[str] = []
     passage_ids: list[list[str]] = []
     dropped: Counter[str] = Counter(too_few_negatives=0)
     num_filtered = 0
     for block in _blocks(candidates):
-        scores = _scores_by_pair(block, teacher, gold_sim) if teacher else None
+        scores = {teacher: _scores_by_pair(recipe, block, teacher, gold_sim) for teacher in reading_teachers(recipe)}
         for row in block:
             kept = list(range(len(row.passage_ids)))
-            if scores is not None:
-                kept = _kept_by_teacher(row, scores, recipe.mining.filter)
+            if filtering is not None:
+                kept = _kept_by_teacher(row, scores[filtering], recipe.mining.filter)
                 num_filtered += len(row.passage_ids) - len(kept)
-            negatives = _negatives(row, kept, labels)
+            spread = [scores[selecting][row.query_id, row.passage_ids[place]] for place in kept] if selecting else None
+            negatives = choose_negatives(row, kept, labels, spread)
             if len(negatives) < labels.num_negatives:
                 dropped["too_few_negatives"] += len(row.positive_ids)
                 continue
@@ -122,9 +136,13 @@ def _aligned(pairs: Iterable[tuple[str, str]]) -> tuple[list[str], list[str]]:
     return query_ids, passage_ids
 
 
-def _scores_by_pair(block: Sequence[CandidateRow], teacher: str, gold_sim: GoldSim | None) -> dict[tuple[str, str], float]:
+def _scores_by_pair(
+    recipe: Recipe, block: Sequence[CandidateRow], teacher: str, gold_sim: GoldSim | None
+) -> dict[tuple[str, str], float]:
     if gold_sim is None:
-        raise ValueError(f"[mining.filter] by = {teacher!r} needs that teacher's scores; none were given")
+        is_filter = teacher == filtering_teacher(recipe)
+        where = f"[mining.filter] by = {teacher!r}" if is_filter else f"[labels] selection = {recipe.labels.selection!r}"
+        raise ValueError(f"{where} needs that teacher's scores; none were given" + ("" if is_filter else f" (teacher {teacher!r})"))
     query_ids, passage_ids = filter_pairs(block)
     scores = gold_sim(teacher, query_ids, passage_ids)
     require_scores(scores, teacher, query_ids, passage_ids)
@@ -136,18 +154,3 @@ def _kept_by_teacher(row: CandidateRow, scores: dict[tuple[str, str], float], ne
     weakest = min(scores[row.query_id, passage_id] for passage_id in row.positive_ids)
     ceiling = ceiling_of(weakest, negative_filter)
     return [place for place, passage_id in enumerate(row.passage_ids) if scores[row.query_id, passage_id] <= ceiling]
-
-
-def _negatives(row: CandidateRow, kept: Sequence[int], labels: Labels) -> list[str]:
-    """At most ``num_negatives`` passage_ids; all positives of a query share them."""
-    if labels.selection == "random":
-        seed = hashlib.sha256(f"{labels.seed}\0{row.query_id}".encode()).digest()
-        draws = np.random.default_rng(int.from_bytes(seed[:16], "little")).random(len(kept))
-        order = [kept[place] for place in np.argsort(draws, kind="stable").tolist()]
-    else:
-        by_miner: dict[str, list[int]] = {}
-        for place in kept:  # candidates lie miner by miner, in recipe order, each in rank order
-            by_miner.setdefault(row.miner[place], []).append(place)
-        rounds = zip_longest(*by_miner.values())
-        order = [place for places in rounds for place in places if place is not None]
-    return [row.passage_ids[place] for place in order[: labels.num_negatives]]

@@ -8,9 +8,12 @@ one reason of ``REASONS``. The rows of a query depend on that query alone.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from sparsekd.recipe import NegativeFilter
 
@@ -67,6 +70,12 @@ def ceiling_of(weakest_positive: float, negative_filter: NegativeFilter) -> floa
 def has_margin(negative_filter: NegativeFilter) -> bool:
     """Whether the filter can drop anything."""
     return negative_filter.absolute_margin is not None or negative_filter.relative_margin is not None
+
+
+def query_generator(seed: int, query_id: str) -> np.random.Generator:
+    """Return the generator of one query's draws: another query, more of them or their order change nothing in it."""
+    digest = hashlib.sha256(f"{seed}\0{query_id}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
 def select_candidates(

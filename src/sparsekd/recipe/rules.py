@@ -68,6 +68,14 @@ def check_names(recipe: Recipe) -> None:
         raise ValueError("[labels] weights has no positive weight; give at least one teacher a weight above 0")
     if recipe.mining.filter.by not in ("miner", *names):
         raise ValueError(f"[mining.filter] by = {recipe.mining.filter.by!r}: expected 'miner' or one of the teachers {names}")
+    selecting = recipe.labels.selection_teacher
+    if selecting is not None and selecting not in names:
+        raise ValueError(f"[labels] selection_teacher = {selecting!r}: expected one of the teachers {names}")
+    if recipe.labels.selection == "stratified" and selecting is None and len(names) > 1:
+        raise ValueError(
+            f'[labels] selection = "stratified" covers one teacher\'s range of scores, and the recipe has {len(names)}: {names}; '
+            "name one as selection_teacher"
+        )
 
 
 def check_candidates_fill_rows(recipe: Recipe) -> None:

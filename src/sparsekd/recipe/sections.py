@@ -152,10 +152,13 @@ class Labels(_Section):
     """``list``: one row per query with all its negatives. ``triplets``: one row per (query, positive, negative)."""
     num_negatives: int = Field(default=4, ge=0)
     """Negatives per row; a query with fewer kept candidates is dropped and counted, never padded. 0 is for ``none``: pairs."""
-    selection: Literal["top", "random"] = "top"
-    """``top`` interleaves the miners by rank; ``random`` draws seeded per query id."""
+    selection: Literal["top", "random", "stratified"] = "top"
+    """``top`` interleaves the miners by rank; ``random`` draws seeded per query id; ``stratified`` draws one negative from each of
+    num_negatives equal bands of the candidates' gold_sim (arXiv 2604.04734)."""
     seed: int = 0
-    """Seed of random selection."""
+    """Seed of the draws."""
+    selection_teacher: str | None = None
+    """Teacher whose raw gold_sim ``stratified`` covers. None takes the recipe's only teacher."""
     calibration: Calibration = Calibration()
     """Applied to each teacher before they are combined."""
     weights: dict[str, Annotated[float, Field(ge=0)]] = {}

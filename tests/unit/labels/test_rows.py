@@ -48,14 +48,63 @@ def test_random_draws_differ_between_queries_and_reach_every_candidate(make_reci
     assert all(30 <= drawn.count(letter) <= 70 for letter in "abcd")
 
 
-@pytest.mark.parametrize("selection", ["top", "random"])
-def test_adding_a_query_changes_no_other_row(make_recipe: Any, candidate_row: Any, selection: str) -> None:
+def scored(known_scores: Any, **by_query: dict[str, float]) -> Any:
+    """Judge's scores, one letter a passage."""
+    return known_scores({"judge": {(query, letter): score for query, row in by_query.items() for letter, score in row.items()}})
+
+
+@pytest.mark.parametrize("selection", ["top", "random", "stratified"])
+def test_adding_a_query_changes_no_other_row(make_recipe: Any, candidate_row: Any, known_scores: Any, selection: str) -> None:
     recipe = make_recipe({"selection": selection})
     first, second = candidate_row("q0", "x", bm25="abcd", dense="ef"), candidate_row("q1", "y", bm25="abcd", dense="ef")
+    row = dict(zip("abcdefxy", (8.0, 7.9, 7.8, 3.0, 1.0, 0.5, 9.0, 9.5), strict=True))
+    gold_sim = scored(known_scores, q0=row, q1=row)
 
-    together = choose_rows(recipe, [first, second]).passage_ids
+    together = choose_rows(recipe, [first, second], gold_sim).passage_ids
 
-    assert together == choose_rows(recipe, [first]).passage_ids + choose_rows(recipe, [second]).passage_ids
+    alone = [choose_rows(recipe, [each], gold_sim).passage_ids for each in (first, second)]
+    assert together == alone[0] + alone[1]
+
+
+def test_stratified_negatives_cover_the_teachers_range_where_top_takes_its_best(
+    make_recipe: Any, candidate_row: Any, known_scores: Any
+) -> None:
+    row = candidate_row("q0", "x", bm25="abcdefgh")
+    gold_sim = scored(known_scores, q0=dict(zip("xabcdefgh", (12.0, 10.0, 9.9, 9.8, 9.7, 7.0, 3.9, 3.8, 0.0), strict=True)))
+
+    labels = {"selection": "stratified", "num_negatives": 3}
+    draws = {
+        tuple(choose_rows(make_recipe({**labels, "seed": seed}), [row], gold_sim).passage_ids[0][1:]) for seed in range(60)
+    }
+
+    assert {draw[0] for draw in draws} == set("abcde")  # 10 to 6.67
+    assert {draw[1] for draw in draws} == set("fg")
+    assert {draw[2] for draw in draws} == {"h"}
+
+
+def test_stratified_selection_reads_what_the_filter_leaves(make_recipe: Any, candidate_row: Any, known_scores: Any) -> None:
+    recipe = make_recipe({"selection": "stratified"}, negative_filter=BY_JUDGE)
+    gold_sim = scored(known_scores, q0={"x": 5.0, "a": 90.0, "b": 4.0, "c": 3.9, "d": 0.0})
+
+    rows = choose_rows(recipe, [candidate_row("q0", "x", bm25="abcd")], gold_sim)
+
+    assert rows.passage_ids[0][1] in "bc"
+    assert rows.passage_ids[0][2] == "d"
+
+
+def test_stratified_selection_covers_the_named_teachers_range(make_recipe: Any, candidate_row: Any, known_scores: Any) -> None:
+    recipe = make_recipe({"selection": "stratified", "selection_teacher": "second"}, teachers=("judge", "second"))
+    gold_sim = known_scores({"second": {("q0", letter): score for letter, score in zip("xabc", (9, 5, 0, 0), strict=True)}})
+
+    rows = choose_rows(recipe, [candidate_row("q0", "x", bm25="abc")], gold_sim)
+
+    assert rows.passage_ids[0][1] == "a"
+    assert gold_sim.asked == ["second"]
+
+
+def test_stratified_selection_without_scores_is_refused(make_recipe: Any, candidate_row: Any) -> None:
+    with pytest.raises(ValueError, match=r"selection = 'stratified' needs that teacher's scores; none were given \(teacher 'j"):
+        choose_rows(make_recipe({"selection": "stratified"}), [candidate_row("q0", "x", bm25="abc")])
 
 
 def test_too_few_negatives_drop_the_rows_of_a_query_and_count_them(make_recipe: Any, candidate_row: Any) -> None:
