@@ -67,6 +67,10 @@ SETTINGS: list[tuple[list[str], str, set[str]]] = [
     ([], "mining.filter.absolute_margin=0.1", ALL),
     ([], "mining.filter.by=judge", NONE),  # without a margin nothing is filtered
     (["mining.filter.by=judge"], "mining.filter.relative_margin=0.1", FROM_TABLE),
+    (["mining.filter.by=judge"], "mining.filter.percentile=95.0", FROM_TABLE),
+    (["mining.filter.by=judge"], "mining.filter.min_positive=1.0", FROM_TABLE),
+    ([], "mining.filter.percentile=95.0", ALL),
+    ([], "mining.filter.near_duplicate=0.9", ALL),
     ([], "teachers.judge.model=models/other", FROM_TABLE),
     ([], "teachers.judge.max_length=64", FROM_TABLE),
     ([], "teachers.judge.passage_prompt='p: '", FROM_TABLE),

@@ -319,6 +319,11 @@ def test_an_error_inside_a_list_is_reported_once(refusal: Refusal) -> None:
         (WHOLE, ["mining.filter.by=u"], "[mining.filter] by = 'u': expected 'miner' or one of the teachers ['t']"),
         (
             WHOLE,
+            ["mining.filter.min_positive=1.5"],
+            "[mining.filter] min_positive = 1.5 compares a teacher's scores, and by = 'miner'; set by to one of the teachers ['t']",
+        ),
+        (
+            WHOLE,
             ["labels.selection_teacher=u"],
             "[labels] selection_teacher = 'u': expected one of the teachers ['t']",
         ),

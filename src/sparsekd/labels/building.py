@@ -29,6 +29,7 @@ from sparsekd.labels.vectors import (
     vector_teacher,
     vocabulary_digest,
 )
+from sparsekd.mining.selection import filter_fields
 from sparsekd.mining.shards import ROWS_PER_SHARD, write_shards
 from sparsekd.recipe import Recipe
 
@@ -85,7 +86,7 @@ def table_fields(recipe: Recipe, candidates_key: str, teacher_identities: Mappin
         ],
         "filter": None
         if filtering is None
-        else {**recipe.mining.filter.model_dump(exclude={"by"}), "identity": dict(teacher_identities[filtering])},
+        else {**filter_fields(recipe.mining.filter), "identity": dict(teacher_identities[filtering])},
         **({"layout": "triplets"} if _becomes_triplets(recipe) else {}),
     }
 

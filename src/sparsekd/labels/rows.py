@@ -2,7 +2,7 @@
 
 Rows are chosen before any label is looked up, so that the pairs a teacher must have scored are known (``Rows.pairs``) and no
 others are asked for; only a filter by a teacher looks at that teacher's scores of every candidate (``filter_pairs``).
-The rows of a query depend on that query alone.
+The rows of a query depend on that query alone, unless a percentile of all positives filters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sparsekd.labels.negatives import choose_negatives
 from sparsekd.mining.candidates import CandidateRow
-from sparsekd.mining.selection import ceiling_of, has_margin
+from sparsekd.mining.selection import ceiling_of, percentile_limit, reads_scores
 from sparsekd.recipe import NegativeFilter, Recipe
 
 GoldSim = Callable[[str, Sequence[str], Sequence[str]], NDArray[np.float32]]
@@ -49,7 +49,7 @@ class Rows:
 def filtering_teacher(recipe: Recipe) -> str | None:
     """Return the name of the teacher whose scores filter candidates, None if miners filter or nothing does."""
     negative_filter = recipe.mining.filter
-    return negative_filter.by if negative_filter.by != "miner" and has_margin(negative_filter) else None
+    return negative_filter.by if negative_filter.by != "miner" and reads_scores(negative_filter) else None
 
 
 def selecting_teacher(recipe: Recipe) -> str | None:
@@ -73,34 +73,40 @@ def choose_rows(recipe: Recipe, candidates: Iterable[CandidateRow], gold_sim: Go
     """Return the table's rows, in the order of ``candidates`` and their positives.
 
     ``gold_sim`` must know the ``reading_teachers``' scores of ``filter_pairs``. A candidate that the filtering teacher scores above
-    the ceiling set by the query's weakest scored positive is left out. A row with fewer than ``num_negatives`` is dropped and
-    counted.
+    the ceiling set by the query's weakest scored positive is left out. A row whose positive that teacher scores below
+    ``min_positive``, or with fewer than ``num_negatives``, is dropped and counted. With a percentile ``candidates`` are read twice.
     Raises ValueError if a score is missing or no row is left.
     """
     labels, filtering, selecting = recipe.labels, filtering_teacher(recipe), selecting_teacher(recipe)
     query_ids: list[str] = []
     passage_ids: list[list[str]] = []
     dropped: Counter[str] = Counter(too_few_negatives=0)
-    num_filtered = 0
+    num_filtered, limit = 0, _limit(recipe, candidates, gold_sim)
     for block in _blocks(candidates):
         scores = {teacher: _scores_by_pair(recipe, block, teacher, gold_sim) for teacher in reading_teachers(recipe)}
         for row in block:
-            kept = list(range(len(row.passage_ids)))
+            positive_ids, kept = row.positive_ids, list(range(len(row.passage_ids)))
             if filtering is not None:
-                kept = _kept_by_teacher(row, scores[filtering], recipe.mining.filter)
+                positive_ids = _shared_positives(row, scores[filtering], recipe.mining.filter)
+                if recipe.mining.filter.min_positive is not None:
+                    dropped["positive_below_minimum"] += len(row.positive_ids) - len(positive_ids)
+                if not positive_ids:
+                    continue
+                kept = _kept_by_teacher(row, positive_ids, scores[filtering], recipe.mining.filter, limit)
                 num_filtered += len(row.passage_ids) - len(kept)
             spread = [scores[selecting][row.query_id, row.passage_ids[place]] for place in kept] if selecting else None
             negatives = choose_negatives(row, kept, labels, spread)
             if len(negatives) < labels.num_negatives:
-                dropped["too_few_negatives"] += len(row.positive_ids)
+                dropped["too_few_negatives"] += len(positive_ids)
                 continue
-            for positive_id in row.positive_ids:
+            for positive_id in positive_ids:
                 query_ids.append(row.query_id)
                 passage_ids.append([positive_id, *negatives])
     if not query_ids:
         raise ValueError(
             f"[labels] num_negatives = {labels.num_negatives}: none of {dropped.total()} rows has as many candidates left "
-            f"({num_filtered} candidates filtered); lower num_negatives, raise the miners' quota or loosen [mining.filter]"
+            f"({num_filtered} candidates filtered{_below_minimum(dropped)}); lower num_negatives, raise the miners' quota or loosen"
+            " [mining.filter]"
         )
     return Rows(query_ids, passage_ids, dict(dropped), num_filtered)
 
@@ -149,8 +155,39 @@ def _scores_by_pair(
     return dict(zip(zip(query_ids, passage_ids, strict=True), scores.tolist(), strict=True))
 
 
-def _kept_by_teacher(row: CandidateRow, scores: dict[tuple[str, str], float], negative_filter: NegativeFilter) -> list[int]:
+def _limit(recipe: Recipe, candidates: Iterable[CandidateRow], gold_sim: GoldSim | None) -> float:
+    """The score at the filtering teacher's percentile of the positives that make rows; infinity without one."""
+    filtering, negative_filter = filtering_teacher(recipe), recipe.mining.filter
+    if filtering is None or negative_filter.percentile is None:
+        return float("inf")
+    found = []
+    for block in _blocks(candidates):
+        scores = _scores_by_pair(recipe, block, filtering, gold_sim)
+        found += [scores[row.query_id, each] for row in block for each in _shared_positives(row, scores, negative_filter)]
+    return percentile_limit(np.array(found, dtype=np.float32), negative_filter)
+
+
+def _shared_positives(row: CandidateRow, scores: dict[tuple[str, str], float], negative_filter: NegativeFilter) -> list[str]:
+    """The positives that the teacher does not score below the filter's minimum."""
+    minimum = negative_filter.min_positive
+    if minimum is None:
+        return row.positive_ids
+    return [passage_id for passage_id in row.positive_ids if scores[row.query_id, passage_id] >= minimum]
+
+
+def _kept_by_teacher(
+    row: CandidateRow,
+    positive_ids: Sequence[str],
+    scores: dict[tuple[str, str], float],
+    negative_filter: NegativeFilter,
+    limit: float,
+) -> list[int]:
     """Places of the candidates at or below the ceiling; the weakest positive sets it, as in mining."""
-    weakest = min(scores[row.query_id, passage_id] for passage_id in row.positive_ids)
-    ceiling = ceiling_of(weakest, negative_filter)
+    weakest = min(scores[row.query_id, passage_id] for passage_id in positive_ids)
+    ceiling = ceiling_of(weakest, negative_filter, limit)
     return [place for place, passage_id in enumerate(row.passage_ids) if scores[row.query_id, passage_id] <= ceiling]
+
+
+def _below_minimum(dropped: Counter[str]) -> str:
+    number = dropped["positive_below_minimum"]
+    return f", {number} positives below min_positive" if number else ""

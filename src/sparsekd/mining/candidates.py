@@ -14,10 +14,12 @@ from typing import Any
 import pyarrow as pa
 
 from sparsekd.artifact import Artifact, IntegrityError, key_of
-from sparsekd.mining.selection import has_margin
+from sparsekd.mining.selection import filter_fields, reads_scores
 from sparsekd.mining.shards import open_shards, read_shard
 from sparsekd.recipe import BM25Miner, DenseMiner, EncoderSpec, NegativeFilter, Recipe
 
+SHORTFALL_FILE = "shortfall.tsv"
+"""Lists the queries with fewer candidates than the quotas ask for, beside the shards: query_id, how many, how many are asked."""
 CANDIDATES_VERSION = 1
 """Raised when the same fields would give other candidates."""
 KIND = "candidates"
@@ -95,7 +97,7 @@ def candidates_fields(
     """Return everything that can change the candidates, for ``artifact.key_of``.
 
     ``collection_digest`` digests ``COLLECTION_FILES``; ``encoder_identities`` are those of the dense miners, in recipe order,
-    and stand for model references, which may move. The filter enters only where the miners' own scores decide.
+    and stand for model references, which may move. The filter enters where the miners' own scores decide, and where texts do.
     """
     missing = [name for name in COLLECTION_FILES if name not in collection_digest]
     if missing:
@@ -103,7 +105,7 @@ def candidates_fields(
     num_dense = sum(isinstance(miner, DenseMiner) for miner in recipe.mining.miners)
     if num_dense != len(encoder_identities):
         raise ValueError(f"candidates key: {len(encoder_identities)} encoder identities for {num_dense} dense miners")
-    identities = iter(encoder_identities)
+    identities, near_duplicate = iter(encoder_identities), recipe.mining.filter.near_duplicate
     return {
         "stage": KIND,
         "version": CANDIDATES_VERSION,
@@ -115,6 +117,7 @@ def candidates_fields(
             _miner_fields(miner, next(identities) if isinstance(miner, DenseMiner) else None) for miner in recipe.mining.miners
         ],
         "filter": _filter_fields(recipe.mining.filter),
+        **({} if near_duplicate is None else {"near_duplicate": near_duplicate}),
     }
 
 
@@ -137,6 +140,6 @@ def _miner_fields(miner: BM25Miner | DenseMiner, identity: Mapping[str, Any] | N
 
 
 def _filter_fields(negative_filter: NegativeFilter) -> dict[str, Any] | None:
-    if negative_filter.by != "miner" or not has_margin(negative_filter):
+    if negative_filter.by != "miner" or not reads_scores(negative_filter):
         return None
-    return negative_filter.model_dump(exclude={"by"})
+    return filter_fields(negative_filter)

@@ -21,10 +21,18 @@ from numpy.typing import NDArray
 from sparsekd.artifact import publish
 from sparsekd.collection.beir import Collection
 from sparsekd.mining.bm25 import BM25Index
-from sparsekd.mining.candidates import KIND, SCHEMA, Candidates, candidates_folder, miner_names
+from sparsekd.mining.candidates import KIND, SCHEMA, SHORTFALL_FILE, Candidates, candidates_folder, miner_names
 from sparsekd.mining.dense import DenseIndex, Similarity
 from sparsekd.mining.ranking import NONE, Positions, Scores
-from sparsekd.mining.selection import REASONS, Candidate, Proposal, ceiling_of, has_margin, select_candidates
+from sparsekd.mining.selection import (
+    REASONS,
+    Candidate,
+    Proposal,
+    ceiling_of,
+    percentile_limit,
+    reads_scores,
+    select_candidates,
+)
 from sparsekd.mining.shards import ROWS_PER_SHARD, write_shards
 from sparsekd.recipe import BM25Miner, DenseMiner, Recipe
 
@@ -77,6 +85,19 @@ class _Ranking:
     ceilings_Q: NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class _Shortfall:
+    """Queries with fewer candidates than the quotas ask for; filled as rows are made."""
+
+    wanted: int
+    kept_by_query: dict[str, int]
+
+    def write(self, path: Path) -> None:
+        """Write query_id, candidates, wanted: tab-separated, in the order of the rows."""
+        lines = [f"{query_id}\t{kept}\t{self.wanted}\n" for query_id, kept in self.kept_by_query.items()]
+        path.write_text("query_id\tcandidates\twanted\n" + "".join(lines), encoding="utf-8", newline="\n")
+
+
 def mine_candidates(
     recipe: Recipe,
     collection: Collection,
@@ -99,8 +120,10 @@ def mine_candidates(
     folder = candidates_folder(cache, fields)
     published: dict[str, Any] = dict(extra or {})
     with publish(folder, kind=KIND, fields=fields, extra=published) as temporary:
-        tables = _tables(judged, rankings, collection, counts)
+        short = _Shortfall(wanted=sum(ranking.miner.quota for ranking in rankings), kept_by_query={})
+        tables = _tables(judged, rankings, collection, recipe.mining.filter.near_duplicate, counts, short)
         published["shards"] = write_shards(temporary, "candidates", tables, -(-len(judged) // ROWS_PER_SHARD))
+        short.write(temporary / SHORTFALL_FILE)
         published["counts"] = dict(sorted(counts.items()))
         if counts["kept"] == 0:
             raise ValueError(
@@ -179,32 +202,41 @@ def _ceilings(
     pair_scores: Callable[[int, Positions], Scores],
 ) -> NDArray[np.float64]:
     """float64 [Q]: the score above which this miner's proposals are likely false negatives; infinity without such a filter."""
-    ceilings_Q = np.full(len(judged), np.inf)
     negative_filter = recipe.mining.filter
-    if negative_filter.by != "miner" or not has_margin(negative_filter):
-        return ceilings_Q
+    if negative_filter.by != "miner" or not reads_scores(negative_filter):
+        return np.full(len(judged), np.inf)
     position_by_id = {passage_id: position for position, passage_id in enumerate(collection.passages)}
+    scores_by_row = []
     for row, query in enumerate(judged):
         positions = np.array([position_by_id[passage_id] for passage_id in query.positive_ids], dtype=np.int32)
-        ceilings_Q[row] = ceiling_of(float(pair_scores(row, positions).min()), negative_filter)
-    return ceilings_Q
+        scores_by_row.append(pair_scores(row, positions))
+    limit = percentile_limit(np.concatenate(scores_by_row), negative_filter)
+    return np.array([ceiling_of(float(scores.min()), negative_filter, limit) for scores in scores_by_row])
 
 
 def _tables(
-    judged: Sequence[JudgedQuery], rankings: Sequence[_Ranking], collection: Collection, counts: Counter[str]
+    judged: Sequence[JudgedQuery],
+    rankings: Sequence[_Ranking],
+    collection: Collection,
+    near_duplicate: float | None,
+    counts: Counter[str],
+    short: _Shortfall,
 ) -> Iterator[pa.Table]:
-    """Yield one table per shard, adding to ``counts`` as rows are made."""
+    """Yield one table per shard, adding to ``counts`` and ``short`` as rows are made."""
     passage_ids = list(collection.passages)
-    wanted = sum(ranking.miner.quota for ranking in rankings)
     for start in range(0, len(judged), ROWS_PER_SHARD):
         rows = []
         for number, query in enumerate(judged[start : start + ROWS_PER_SHARD], start):
             proposals = [_proposal(ranking, number, passage_ids) for ranking in rankings]
-            kept, reasons = select_candidates(proposals, query.judged_ids, collection.passages)
+            kept, reasons = select_candidates(
+                proposals, query.judged_ids, collection.passages, near_duplicate=near_duplicate
+            )
             counts.update(reasons)
-            counts["shortfall"] += wanted - len(kept)
-            counts["queries_short"] += len(kept) < wanted
+            counts["shortfall"] += short.wanted - len(kept)
+            counts["queries_short"] += len(kept) < short.wanted
             counts["queries_empty"] += not kept
+            if len(kept) < short.wanted:
+                short.kept_by_query[query.query_id] = len(kept)
             rows.append(_row(query, kept))
         yield pa.Table.from_pylist(rows, schema=SCHEMA)
 

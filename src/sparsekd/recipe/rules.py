@@ -68,6 +68,11 @@ def check_names(recipe: Recipe) -> None:
         raise ValueError("[labels] weights has no positive weight; give at least one teacher a weight above 0")
     if recipe.mining.filter.by not in ("miner", *names):
         raise ValueError(f"[mining.filter] by = {recipe.mining.filter.by!r}: expected 'miner' or one of the teachers {names}")
+    if recipe.mining.filter.min_positive is not None and recipe.mining.filter.by == "miner":
+        raise ValueError(
+            f"[mining.filter] min_positive = {recipe.mining.filter.min_positive:g} compares a teacher's scores, and by = 'miner'; "
+            f"set by to one of the teachers {names}"
+        )
     selecting = recipe.labels.selection_teacher
     if selecting is not None and selecting not in names:
         raise ValueError(f"[labels] selection_teacher = {selecting!r}: expected one of the teachers {names}")

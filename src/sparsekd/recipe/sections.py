@@ -74,7 +74,7 @@ class DenseMiner(EncoderSpec):
 
 
 class NegativeFilter(_Section):
-    """Takes out likely false negatives by comparing each candidate with the query's weakest positive."""
+    """Takes out likely false negatives by comparing each candidate with the query's positives, the weakest where scores decide."""
 
     by: str = "miner"
     """Whose scores decide: ``miner`` (the one that proposed the candidate) or a teacher's name."""
@@ -82,6 +82,14 @@ class NegativeFilter(_Section):
     """Drop a candidate scoring above positive − margin."""
     relative_margin: float | None = Field(default=None, ge=0)
     """Drop a candidate scoring above positive − margin × |positive|; the absolute value keeps it right for logits below 0."""
+    percentile: float | None = Field(default=None, ge=0, le=100)
+    """Drop a candidate scoring above this percentile of all positives' scores: no margin to guess, whatever the scorer's scale; but
+    the limit depends on all queries."""
+    min_positive: float | None = None
+    """Leave out rows whose positive the teacher scores below this: a judgement it does not share. Needs a teacher in ``by``."""
+    near_duplicate: float | None = Field(default=None, gt=0, le=1)
+    """Drop a candidate that has the words of a positive in their order, whatever the case and punctuation, or shares at least this
+    part of both texts' words (Jaccard); .9 takes copies and small edits. Compares texts, whoever ``by`` is."""
 
 
 class Mining(_Section):
@@ -90,7 +98,7 @@ class Mining(_Section):
     miners: tuple[Annotated[BM25Miner | DenseMiner, Field(discriminator="kind")], ...] = Field(min_length=1, strict=False)
     """Asked in order; a passage proposed twice counts for the first."""
     filter: NegativeFilter = NegativeFilter()
-    """Positive-aware filter; without margins it drops nothing."""
+    """Positive-aware filter; as it stands by default it drops nothing."""
     max_positives: int | None = Field(default=None, ge=1)
     """Positives scored per query, highest grade first, then smallest sha256(passage_id). None takes all."""
 

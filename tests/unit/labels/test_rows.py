@@ -165,3 +165,38 @@ def test_a_filter_without_scores_is_refused(make_recipe: Any, candidate_row: Any
         choose_rows(recipe, candidates, known_scores({"judge": {("q0", "x"): 1.0}}))
     with pytest.raises(ValueError, match="by = 'judge' needs that teacher's scores; none were given"):
         choose_rows(recipe, candidates)
+
+
+def test_a_percentile_of_the_teachers_scores_of_positives_is_a_ceiling(
+    make_recipe: Any, candidate_row: Any, known_scores: Any
+) -> None:
+    recipe = make_recipe({"num_negatives": 1}, negative_filter={"by": "judge", "percentile": 50.0})
+    gold_sim = scored(known_scores, q0={"x": 9.0, "a": 5.5, "b": 5.0}, q1={"y": 1.0, "a": 8.0, "b": 0.5})
+
+    rows = choose_rows(recipe, [candidate_row("q0", "x", bm25="ab"), candidate_row("q1", "y", bm25="ab")], gold_sim)
+
+    assert rows.passage_ids == [["x", "b"], ["y", "b"]]  # the median of 9 and 1 is 5
+    assert rows.candidates_dropped_filter == 2
+
+
+def test_a_positive_below_the_minimum_makes_no_row_sets_no_ceiling_and_is_counted(
+    make_recipe: Any, candidate_row: Any, known_scores: Any
+) -> None:
+    negative_filter = {"by": "judge", "min_positive": 2.0, "absolute_margin": 1.0}
+    gold_sim = scored(known_scores, q0={"x": 9.0, "y": 1.9, "a": 8.0, "b": 3.0}, q1={"z": -4.0, "a": 0.0, "b": 0.0})
+    candidates = [candidate_row("q0", "xy", bm25="ab"), candidate_row("q1", "z", bm25="ab")]
+
+    rows = choose_rows(make_recipe(negative_filter=negative_filter), candidates, gold_sim)
+
+    assert rows.passage_ids == [["x", "a", "b"]]
+    assert rows.dropped == {"too_few_negatives": 0, "positive_below_minimum": 2}
+
+
+@pytest.mark.parametrize("percentile", [None, 95.0])
+def test_no_positive_left_is_refused_with_the_number_below_the_minimum(
+    make_recipe: Any, candidate_row: Any, known_scores: Any, percentile: float | None
+) -> None:
+    recipe = make_recipe(negative_filter={"by": "judge", "min_positive": 2.0, "percentile": percentile})
+
+    with pytest.raises(ValueError, match=r"none of 1 rows .* \(0 candidates filtered, 1 positives below min_positive\)"):
+        choose_rows(recipe, [candidate_row("q0", "x", bm25="ab")], scored(known_scores, q0={"x": 1.0, "a": 0.0, "b": 0.0}))

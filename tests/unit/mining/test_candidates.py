@@ -49,6 +49,8 @@ def key(recipe: Any, digest: dict[str, str] = DIGEST, encoder: dict[str, str] = 
         ("miners.1.skip", 1),
         ("filter.absolute_margin", 2.0),
         ("filter.relative_margin", 0.1),
+        ("filter.percentile", 95.0),
+        ("filter.near_duplicate", 0.9),
         ("max_positives", 2),
     ],
 )
@@ -90,6 +92,19 @@ def test_a_filter_by_a_teacher_does_not_enter_the_key(make_recipe: Any) -> None:
     unfiltered = make_recipe(changed("filter", {}))
 
     assert key(by_teacher) == key(unfiltered) != key(make_recipe(MINING))
+
+
+def test_keys_of_candidates_are_those_they_have_always_been(make_recipe: Any) -> None:
+    # As computed when there were margins, BM25 and exact dense search only; a change orphans every candidates folder there is.
+    assert key(make_recipe(MINING)) == "99b8cc3d46d37e66"
+    assert key(make_recipe({"miners": MINING["miners"]})) == "05225c28bf683ad2"
+
+
+def test_near_duplicates_enter_the_key_whoever_scores(make_recipe: Any) -> None:
+    by_teacher = {"by": "judge", "absolute_margin": 1.0}
+    near = {**by_teacher, "near_duplicate": 0.9}
+
+    assert key(make_recipe(changed("filter", near))) != key(make_recipe(changed("filter", by_teacher)))
 
 
 def test_an_encoder_without_identity_or_a_file_without_digest_is_refused(make_recipe: Any) -> None:

@@ -86,6 +86,43 @@ def test_the_filter_compares_with_the_weakest_positive_of_the_same_miner(
         assert row.passage_ids == [other for other in free[query_id].passage_ids if score(query_id, other) <= ceiling]
 
 
+def test_a_percentile_compares_with_all_positives_of_the_same_miner(mine: Any, collection: Collection, word_vectors: Any) -> None:
+    def score(query_id: str, passage_id: str) -> float:
+        texts = [collection.queries[query_id], collection.passages[passage_id]]
+        query, passage = word_vectors().vectors(None, texts, "query").astype(np.float64)
+        return float(query @ passage)
+
+    miners = {"miners": [{**DENSE, "quota": 6}]}
+    free = by_query(mine(miners, name="free"))
+    filtered = by_query(mine({**miners, "filter": {"percentile": 60.0}}, name="filtered"))
+
+    positives = [score(query_id, passage_id) for query_id, row in free.items() for passage_id in row.positive_ids]
+    ceiling = np.percentile(positives, 60)
+    dropped = 0
+    for query_id, row in filtered.items():
+        assert row.passage_ids == [other for other in free[query_id].passage_ids if score(query_id, other) <= ceiling]
+        dropped += len(free[query_id].passage_ids) - len(row.passage_ids)
+    assert dropped > 0
+
+
+def test_near_duplicates_of_positives_are_taken_out_and_counted(mine: Any) -> None:
+    free = mine({"miners": [BM25, DENSE]}, name="free")
+    filtered = mine({"miners": [BM25, DENSE], "filter": {"near_duplicate": 0.5}}, name="filtered")
+
+    assert filtered.counts["dropped_near_duplicate"] > free.counts["dropped_near_duplicate"] == 0
+    assert "p1" in by_query(free)["q1"].passage_ids  # "a cat and a dog"; q1's positive is "a dog and a garden"
+    assert "p1" not in by_query(filtered)["q1"].passage_ids
+
+
+def test_queries_with_too_few_candidates_are_listed_beside_the_shards(mine: Any) -> None:
+    candidates = mine({"miners": [BM25, DENSE]})
+
+    lines = (candidates.artifact.folder / "shortfall.tsv").read_text("utf-8").splitlines()
+    short = {query_id: len(row.passage_ids) for query_id, row in by_query(candidates).items() if len(row.passage_ids) < 5}
+    assert lines == ["query_id\tcandidates\twanted", *(f"{query_id}\t{kept}\t5" for query_id, kept in short.items())]
+    assert len(short) == candidates.counts["queries_short"] > 0
+
+
 def test_a_filter_by_a_teacher_drops_nothing_while_mining(mine: Any) -> None:
     free = mine({"miners": [BM25, DENSE]}, name="free")
     later = mine({"miners": [BM25, DENSE], "filter": {"by": "judge", "absolute_margin": 9.0}}, name="later")
