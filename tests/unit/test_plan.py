@@ -318,6 +318,18 @@ def test_keys_of_models_that_teach_are_those_they_have_always_been(place: Path) 
     assert key_of(table_fields(plan.recipe, "candidates", identities)) == "05869fe63c896d5c"
 
 
+def test_a_run_miners_file_decides_the_key_and_a_missing_one_is_named(place: Path) -> None:
+    mining = ["mining.fallback={kind = 'run', quota = 2, path = 'a.run'}"]
+    with pytest.raises(FileNotFoundError, match=r"a\.run: no such run file; expected TREC lines; check path of the miner of kind"):
+        keys(mining)
+    (place / "a.run").write_text("q00 Q0 bread-1 1 1.0 x\n", encoding="utf-8")
+    before = keys(mining)
+
+    (place / "a.run").write_text("q00 Q0 bread-1 1 2.0 x\n", encoding="utf-8")
+
+    assert changed_kinds(before, keys(mining)) == ALL
+
+
 def test_a_teacher_enters_a_students_key_by_the_table_alone(place: Path) -> None:
     before = plan_of().student_fields
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sparsekd.labels.negatives import choose_negatives
 from sparsekd.mining.candidates import CandidateRow
-from sparsekd.mining.selection import ceiling_of, percentile_limit, reads_scores
+from sparsekd.mining.selection import ceiling_of, percentile_limit
 from sparsekd.recipe import NegativeFilter, Recipe
 
 GoldSim = Callable[[str, Sequence[str], Sequence[str]], NDArray[np.float32]]
@@ -49,7 +49,7 @@ class Rows:
 def filtering_teacher(recipe: Recipe) -> str | None:
     """Return the name of the teacher whose scores filter candidates, None if miners filter or nothing does."""
     negative_filter = recipe.mining.filter
-    return negative_filter.by if negative_filter.by != "miner" and reads_scores(negative_filter) else None
+    return negative_filter.by if negative_filter.by != "miner" and negative_filter.reads_scores else None
 
 
 def selecting_teacher(recipe: Recipe) -> str | None:

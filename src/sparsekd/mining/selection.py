@@ -43,6 +43,8 @@ class Proposal:
     scores: Sequence[float]
     ceiling: float
     """Candidates scoring above it are likely false negatives; infinity keeps all."""
+    is_fallback: bool = False
+    """Contributes only what the quotas of the proposals before it left unfilled."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,6 @@ def percentile_limit(positive_scores: NDArray[np.float32], negative_filter: Nega
     return float(np.percentile(positive_scores.astype(np.float64), negative_filter.percentile))
 
 
-def reads_scores(negative_filter: NegativeFilter) -> bool:
-    """Whether the filter can drop anything for its score."""
-    return any(value is not None for value in _score_settings(negative_filter).values())
-
-
 def filter_fields(negative_filter: NegativeFilter) -> dict[str, Any]:
     """Return what of the filter acts on scores, for keys; margins always, as they have always been, the rest where it is set."""
     margins = ("absolute_margin", "relative_margin")
@@ -101,7 +98,8 @@ def query_generator(seed: int, query_id: str) -> np.random.Generator:
 def select_candidates(
     proposals: Sequence[Proposal], positive_ids: Collection[str], texts: Mapping[str, str], *, near_duplicate: float | None = None
 ) -> tuple[list[Candidate], Counter[str]]:
-    """Return one query's candidates, miner by miner in rank order, and counts: proposed, kept and every reason.
+    """Return one query's candidates, miner by miner in rank order, and counts: proposed, kept, every reason, and
+    of the kept ones those that the fallback filled in.
 
     ``positive_ids`` are all judged positives, also those not scored; ``texts`` maps every proposed passage_id and positive;
     ``near_duplicate`` is the filter's.
@@ -114,7 +112,9 @@ def select_candidates(
     kept_texts: set[str] = set()
     counts: Counter[str] = Counter()
 
-    def reason(proposal: Proposal, position: int, num_kept: int) -> str | None:
+    wanted = sum(proposal.quota for proposal in proposals if not proposal.is_fallback)
+
+    def reason(proposal: Proposal, position: int, has_room: bool) -> str | None:
         passage_id = proposal.passage_ids[position]
         if position < proposal.skip:
             return "dropped_skipped_rank"
@@ -131,12 +131,13 @@ def select_candidates(
         if proposal.scores[position] > proposal.ceiling:
             seen_ids.add(passage_id)  # the first miner to propose it decides: a later one cannot bring it back
             return "dropped_filter"
-        return "dropped_over_quota" if num_kept == proposal.quota else None
+        return None if has_room else "dropped_over_quota"
 
     for proposal in proposals:
         num_kept = 0
+        quota = min(proposal.quota, wanted - len(kept)) if proposal.is_fallback else proposal.quota
         for position, passage_id in enumerate(proposal.passage_ids):
-            dropped = reason(proposal, position, num_kept)
+            dropped = reason(proposal, position, num_kept < quota)
             counts[dropped or "kept"] += 1
             if dropped is None:
                 kept.append(Candidate(passage_id, proposal.miner, float(proposal.scores[position]), position + 1))
@@ -144,6 +145,8 @@ def select_candidates(
                 kept_texts.add(texts[passage_id])
                 num_kept += 1
         counts["proposed"] += len(proposal.passage_ids)
+        if proposal.is_fallback:
+            counts["filled_by_fallback"] += num_kept
     return kept, counts
 
 

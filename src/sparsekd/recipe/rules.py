@@ -73,6 +73,12 @@ def check_names(recipe: Recipe) -> None:
             f"[mining.filter] min_positive = {recipe.mining.filter.min_positive:g} compares a teacher's scores, and by = 'miner'; "
             f"set by to one of the teachers {names}"
         )
+    runs = [miner for miner in recipe.mining.asked if miner.kind == "run"]
+    if runs and recipe.mining.filter.by == "miner" and recipe.mining.filter.reads_scores:
+        raise ValueError(
+            "[mining.filter] by = 'miner' beside a miner of kind = \"run\": a run file need not hold the positives' scores to "
+            f"compare with; set by to one of the teachers {names}"
+        )
     selecting = recipe.labels.selection_teacher
     if selecting is not None and selecting not in names:
         raise ValueError(f"[labels] selection_teacher = {selecting!r}: expected one of the teachers {names}")
@@ -85,10 +91,11 @@ def check_names(recipe: Recipe) -> None:
 
 def check_candidates_fill_rows(recipe: Recipe) -> None:
     """Raise ValueError if the miners' quotas and depths can never give a row its negatives."""
-    for position, miner in enumerate(recipe.mining.miners):
+    for position, miner in enumerate(recipe.mining.asked):
         if miner.depth < miner.skip + miner.quota:
+            where = f"miners.{position}" if position < len(recipe.mining.miners) else "fallback"
             raise ValueError(
-                f"[mining.miners.{position}] depth = {miner.depth} is less than skip + quota = {miner.skip + miner.quota}: "
+                f"[mining.{where}] depth = {miner.depth} is less than skip + quota = {miner.skip + miner.quota}: "
                 "the quota can never be filled; raise depth"
             )
     proposed = sum(miner.quota for miner in recipe.mining.miners)

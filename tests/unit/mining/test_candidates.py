@@ -100,6 +100,30 @@ def test_keys_of_candidates_are_those_they_have_always_been(make_recipe: Any) ->
     assert key(make_recipe({"miners": MINING["miners"]})) == "05225c28bf683ad2"
 
 
+RANDOM = {"kind": "random", "quota": 2}
+RUN = {"kind": "run", "quota": 2, "path": "a.run"}
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"quota": 3}, {"depth": 7}])
+def test_a_setting_of_a_random_miner_and_of_a_fallback_changes_the_key(make_recipe: Any, change: dict[str, int]) -> None:
+    def keys(miner: dict[str, Any]) -> list[str]:
+        alone = make_recipe({"miners": [miner]})
+        last = make_recipe({**MINING, "fallback": miner})
+        return [key_of(candidates_fields(alone, DIGEST, [])), key(last), key(make_recipe(MINING))]
+
+    before, after = keys(RANDOM), keys({**RANDOM, **change})
+
+    assert len({*before, *after}) == 5  # what has no fallback keeps its key
+
+
+def test_a_runs_bytes_change_the_key_and_its_path_does_not(make_recipe: Any) -> None:
+    def run_key(miner: dict[str, Any], digest: str) -> str:
+        return key_of(candidates_fields(make_recipe({"miners": [miner]}), DIGEST, [{"sha256": digest}]))
+
+    assert run_key(RUN, "abc") == run_key({**RUN, "path": "elsewhere/b.run"}, "abc")
+    assert len({run_key(RUN, "abc"), run_key(RUN, "xyz"), run_key({**RUN, "skip": 1}, "abc")}) == 3
+
+
 def test_near_duplicates_enter_the_key_whoever_scores(make_recipe: Any) -> None:
     by_teacher = {"by": "judge", "absolute_margin": 1.0}
     near = {**by_teacher, "near_duplicate": 0.9}
@@ -108,7 +132,7 @@ def test_near_duplicates_enter_the_key_whoever_scores(make_recipe: Any) -> None:
 
 
 def test_an_encoder_without_identity_or_a_file_without_digest_is_refused(make_recipe: Any) -> None:
-    with pytest.raises(ValueError, match="0 encoder identities for 1 dense miners"):
+    with pytest.raises(ValueError, match="0 identities for 1 miners that have one"):
         candidates_fields(make_recipe(MINING), DIGEST, [])
     with pytest.raises(ValueError, match=r"no digest of corpus\.jsonl"):
         candidates_fields(make_recipe(MINING), {}, [ENCODER])

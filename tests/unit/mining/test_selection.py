@@ -12,7 +12,6 @@ from sparsekd.mining.selection import (
     ceiling_of,
     filter_fields,
     percentile_limit,
-    reads_scores,
     select_candidates,
 )
 from sparsekd.recipe import NegativeFilter
@@ -60,6 +59,31 @@ def test_a_passage_proposed_twice_counts_for_the_first_miner_and_the_second_fill
         ("c", "dense", 3),
     ]
     assert counts["dropped_duplicate_candidate"] == 1
+
+
+def test_the_fallback_fills_what_the_quotas_ask_for_and_nobody_had() -> None:
+    proposals = [proposal("ab", quota=3), proposal("bc", miner="dense", quota=2)]
+    fallback = proposal("cdefgh", miner="random", quota=9, is_fallback=True)
+
+    kept, counts = select_candidates([*proposals, fallback], [], TEXTS)
+
+    assert [(candidate.passage_id, candidate.miner) for candidate in kept] == [
+        ("a", "bm25"),
+        ("b", "bm25"),
+        ("c", "dense"),
+        ("d", "random"),
+        ("e", "random"),
+    ]
+    assert counts["filled_by_fallback"] == 2
+    assert counts["proposed"] == counts["kept"] + sum(counts[reason] for reason in REASONS)
+
+
+def test_the_fallback_gives_no_more_than_its_own_quota_and_nothing_where_nothing_is_missing() -> None:
+    short = [proposal("a", quota=4), proposal("bcdef", quota=2, is_fallback=True)]
+    full = [proposal("a", quota=1), proposal("bcdef", quota=2, is_fallback=True)]
+
+    assert kept_ids(*short) == ["a", "b", "c"]
+    assert kept_ids(*full) == ["a"]
 
 
 def test_a_text_is_kept_once() -> None:
@@ -115,7 +139,7 @@ def test_the_ceiling_lies_below_the_positive_whatever_its_sign(
     negative_filter = NegativeFilter(**settings)  # type: ignore[arg-type]
 
     assert ceiling_of(positive, negative_filter) == ceiling
-    assert reads_scores(negative_filter) is bool(settings)
+    assert negative_filter.reads_scores is bool(settings)
 
 
 def test_the_percentiles_score_is_a_ceiling_beside_the_margins() -> None:
