@@ -17,9 +17,9 @@ from sparsekd.collection.beir import Collection, collection_digest, read_collect
 from sparsekd.labels.building import table_fields
 from sparsekd.mining.candidates import COLLECTION_FILES, candidates_fields, has_identity
 from sparsekd.mining.run_file import run_identity
-from sparsekd.recipe import BM25Teacher, DenseMiner, Miner, Recipe, RunMiner, Teacher
+from sparsekd.recipe import BM25Teacher, DenseMiner, Miner, Recipe, RunMiner, SparseMiner, Teacher
 from sparsekd.students.identity import needs_passages, student_fields, training_fields
-from sparsekd.teachers.identity import bm25_identity, encoder_identity, teacher_identity
+from sparsekd.teachers.identity import bm25_identity, encoder_identity, sparse_identity, teacher_identity
 
 EVALUATION_VERSION = 1
 """Raised when the same fields would give other rankings or figures."""
@@ -147,5 +147,7 @@ def _miner_identity(miner: Miner) -> dict[str, Any]:
     """What decides the vectors or lines of a miner that reads a model or a file."""
     if isinstance(miner, RunMiner):
         return dict(run_identity(miner.path))
+    if isinstance(miner, SparseMiner):
+        return sparse_identity(miner)
     assert isinstance(miner, DenseMiner), miner.kind
     return encoder_identity(miner)

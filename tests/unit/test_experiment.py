@@ -102,6 +102,43 @@ def test_another_selection_of_negatives_scores_no_pair(make_experiment: Make) ->
     assert table.counts["pairs_scored"] == 0
 
 
+def test_a_sparse_miner_proposes_by_the_vectors_that_its_model_gives_and_banks_them(
+    make_experiment: Make, tiny_splade_folder: Path, tmp_path: Path
+) -> None:
+    from sentence_transformers import SparseEncoder
+
+    student_folder = shutil.copytree(tiny_splade_folder, tmp_path / "student of an earlier round")
+    mining = {"miners": [{"kind": "sparse", "model": str(student_folder), "quota": 4, "depth": 9}]}
+    experiment = make_experiment({"kind": "none"}, "SparseMultipleNegativesRankingLoss", mining=mining)
+
+    mined = candidates(experiment)
+
+    collection, model = experiment.collection, SparseEncoder(str(student_folder), device="cpu")
+    passages = model.encode_document(list(collection.passages.values()), prompt="", convert_to_sparse_tensor=False).numpy()
+    for row in mined:
+        query = model.encode_query(collection.queries[row.query_id], prompt="", convert_to_sparse_tensor=False).numpy()
+        score = dict(zip(collection.passages, (passages.astype(np.float64) @ query).tolist(), strict=True))
+        assert row.miner == ["sparse"] * 4
+        np.testing.assert_allclose(row.miner_score, [score[passage_id] for passage_id in row.passage_ids], rtol=1e-4)
+        others = {*collection.passages} - {*row.passage_ids, *row.positive_ids}
+        assert min(row.miner_score) >= max(score[passage_id] for passage_id in others) - 1e-3
+    assert files(experiment) == {"sparse"}
+
+
+def test_a_miner_over_a_student_of_an_earlier_round_scores_new_pairs_only(
+    make_experiment: Make, tiny_splade_folder: Path
+) -> None:
+    first = score_table(make_experiment({}))
+    miners = [{"kind": "bm25", "quota": 3}, {"kind": "sparse", "model": str(tiny_splade_folder), "quota": 3}]
+    experiment = make_experiment({}, mining={"miners": miners})
+
+    second = score_table(experiment)
+
+    assert second.counts["pairs_reused"] == first.counts["pairs"]
+    new = [row for row in candidates(experiment) for miner in row.miner if miner == "sparse"]
+    assert second.counts["pairs_scored"] == 2 * len(new) > 0  # two teachers
+
+
 def test_similarities_and_scores_share_the_bank(make_experiment: Make, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="sparsekd")
     scores = score_table(make_experiment({}))

@@ -200,7 +200,7 @@ def test_an_unknown_key_is_refused_with_its_place_and_the_nearest(refusal: Refus
         ),
         (
             COLLECTION + MINER + 'model = "m"\n' + TEACHER + STUDENT,
-            "[mining.miners.0] model = 'm' acts on kind = \"dense\" only; remove the key",
+            "[mining.miners.0] model = 'm' acts on kind = \"dense\" or \"sparse\" only; remove the key",
         ),
     ],
 )
@@ -221,7 +221,7 @@ def test_a_key_of_another_kind_is_refused_with_the_kinds_that_it_acts_on(refusal
         (COLLECTION + "[mining]\n" + TEACHER + STUDENT, "[mining] miners is missing; it has no default"),
         (
             COLLECTION + "[[mining.miners]]\nquota = 4\n" + TEACHER + STUDENT,
-            "[mining.miners.0] kind is missing; expected one of: bm25, dense, run, random",
+            "[mining.miners.0] kind is missing; expected one of: bm25, dense, sparse, run, random",
         ),
         (
             COLLECTION + MINER + '[[teachers]]\nname = "t"\n' + STUDENT,
@@ -264,25 +264,25 @@ def test_a_missing_key_is_named(refusal: Refusal, text: str, message: str) -> No
         ("mining.miners.0.kind=bm52", "[mining.miners.0] kind = 'bm52' is not a known miner; did you mean bm25?"),
         (
             "mining.miners.0.kind=colbert",
-            "[mining.miners.0] kind = 'colbert' is not a known miner; expected one of: bm25, dense, run, random",
+            "[mining.miners.0] kind = 'colbert' is not a known miner; expected one of: bm25, dense, sparse, run, random",
         ),
         (
             "mining.miners.0.kind=[1]",
-            "[mining.miners.0] kind = [1] is not a known miner; expected one of: bm25, dense, run, random",
+            "[mining.miners.0] kind = [1] is not a known miner; expected one of: bm25, dense, sparse, run, random",
         ),
         ("teachers.t.kind=bm52", "[teachers.0] kind = 'bm52' is not a known teacher; did you mean bm25?"),
         (
             "teachers.t.kind=x",
             "[teachers.0] kind = 'x' is not a known teacher; expected one of: dense, cross-encoder, sparse, bm25",
         ),
-        ("mining.fallback={quota = 1}", "[mining.fallback] kind is missing; expected one of: bm25, dense, run, random"),
+        ("mining.fallback={quota = 1}", "[mining.fallback] kind is missing; expected one of: bm25, dense, sparse, run, random"),
         (
             "mining.fallback={quota = 1, kind = 'rand'}",
             "[mining.fallback] kind = 'rand' is not a known miner; did you mean random?",
         ),
         (
             "mining.fallback={quota = 1, kind = 'random', skip = 1}",
-            "[mining.fallback] skip = 1 acts on kind = \"bm25\" or \"dense\" or \"run\" only; remove the key",
+            "[mining.fallback] skip = 1 acts on kind = \"bm25\" or \"dense\" or \"sparse\" or \"run\" only; remove the key",
         ),
         ("mining.fallback={quota = 1, kind = 'run'}", "[mining.fallback] path is missing; it has no default"),
         ("mining.miners=[]", "[mining] miners = []: expected at least 1 item"),

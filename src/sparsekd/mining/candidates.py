@@ -14,9 +14,10 @@ from typing import Any
 import pyarrow as pa
 
 from sparsekd.artifact import Artifact, IntegrityError, key_of
+from sparsekd.mining.approximate import INDEX_VERSION
 from sparsekd.mining.selection import filter_fields
 from sparsekd.mining.shards import open_shards, read_shard
-from sparsekd.recipe import EncoderSpec, Miner, NegativeFilter, Recipe, RunMiner
+from sparsekd.recipe import DenseMiner, EncoderSpec, Miner, NegativeFilter, Recipe, RunMiner
 
 SHORTFALL_FILE = "shortfall.tsv"
 """Lists the queries with fewer candidates than the quotas ask for, beside the shards: query_id, how many, how many are asked."""
@@ -145,7 +146,10 @@ def _miner_fields(miner: Miner, identity: Mapping[str, Any] | None) -> dict[str,
         return {**miner.model_dump(exclude={"path"}), "file": dict(identity or {})}
     if identity is None:
         return miner.model_dump()
-    return {**miner.model_dump(exclude=set(EncoderSpec.model_fields)), "encoder": dict(identity)}
+    fields = miner.model_dump(exclude={*EncoderSpec.model_fields, "index"})
+    if isinstance(miner, DenseMiner) and miner.index != "flat":
+        fields["index"] = {"kind": miner.index, "version": INDEX_VERSION}
+    return {**fields, "encoder": dict(identity)}
 
 
 def _filter_fields(negative_filter: NegativeFilter) -> dict[str, Any] | None:

@@ -18,8 +18,9 @@ import pyarrow as pa
 from sparsekd.artifact import publish
 from sparsekd.collection.beir import Collection
 from sparsekd.mining.candidates import KIND, SCHEMA, SHORTFALL_FILE, Candidates, candidates_folder, miner_names
+from sparsekd.mining.question import JudgedQuery, Question, Ranking, VectorSource
 from sparsekd.mining.ranking import NONE
-from sparsekd.mining.rankings import JudgedQuery, Question, Ranking, VectorSource, ranking_of
+from sparsekd.mining.rankings import ranking_of
 from sparsekd.mining.selection import REASONS, Candidate, Proposal, select_candidates
 from sparsekd.mining.shards import ROWS_PER_SHARD, write_shards
 from sparsekd.recipe import Miner, Mining, Recipe

@@ -42,6 +42,24 @@ def empty_block(num_queries: int, depth: int) -> tuple[Positions, Scores]:
     return np.full((num_queries, depth), NONE, dtype=np.int32), np.zeros((num_queries, depth), dtype=np.float32)
 
 
+def merged(
+    left: tuple[Positions, Scores], right: tuple[Positions, Scores], id_rank: Positions, depth: int
+) -> tuple[Positions, Scores]:
+    """Return the ``depth`` best of two blocks over different passages of one collection, in the one order; fillers go last.
+
+    What one search over all of the passages would give, if each block holds the best ``depth`` of its own.
+    """
+    width = min(depth, left[0].shape[1] + right[0].shape[1])
+    positions_QK, scores_QK = empty_block(len(left[0]), width)
+    for row in range(len(positions_QK)):
+        positions = np.concatenate((left[0][row], right[0][row]))
+        scores = np.concatenate((left[1][row], right[1][row]))
+        found = positions != NONE
+        best, best_scores = best_first(positions[found], scores[found], id_rank, depth)
+        positions_QK[row, : len(best)], scores_QK[row, : len(best)] = best, best_scores
+    return positions_QK, scores_QK
+
+
 def to_ids(positions_QK: Positions, scores_QK: Scores, passage_ids: Sequence[str]) -> tuple[list[list[str]], list[Scores]]:
     """Return each query's passage_ids and float32 scores, without the filler."""
     ids, scores = [], []

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sparsekd.overrides import apply_override
-from sparsekd.recipe.mining import BM25Miner, DenseMiner, Mining, NegativeFilter, RandomMiner, RunMiner
+from sparsekd.recipe.mining import BM25Miner, DenseMiner, Mining, NegativeFilter, RandomMiner, RunMiner, SparseMiner
 from sparsekd.recipe.sections import (
     BM25Teacher,
     Budget,
@@ -95,7 +95,13 @@ def _hint(word: str, known: Sequence[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"expected one of: {', '.join(known)}"
 
 
-_MINERS: dict[str, type[BaseModel]] = {"bm25": BM25Miner, "dense": DenseMiner, "run": RunMiner, "random": RandomMiner}
+_MINERS: dict[str, type[BaseModel]] = {
+    "bm25": BM25Miner,
+    "dense": DenseMiner,
+    "sparse": SparseMiner,
+    "run": RunMiner,
+    "random": RandomMiner,
+}
 _KINDS: dict[str, dict[str, type[BaseModel]]] = {
     "miners": _MINERS,
     "fallback": _MINERS,

@@ -33,9 +33,18 @@ class BM25Miner(_RankingMiner):
 
 
 class DenseMiner(_RankingMiner, EncoderSpec):
-    """Proposes passages by exact search (FAISS flat index) over a bi-encoder's vectors, in its own similarity."""
+    """Proposes passages by search over a bi-encoder's vectors, in its own similarity."""
 
     kind: Literal["dense"]
+    index: Literal["flat", "ivf-flat", "ivf-pq", "hnsw"] = "flat"
+    """FAISS index. ``flat`` is exact; the others find fewer of the best for less time, from about a million passages on; their
+    parameters follow from the number of passages, and their recall is measured."""
+
+
+class SparseMiner(_RankingMiner, EncoderSpec):
+    """Proposes passages by exact search over a SparseEncoder's vectors: another project's, or the student of an earlier round."""
+
+    kind: Literal["sparse"]
 
 
 class RunMiner(_RankingMiner):
@@ -59,7 +68,7 @@ class RandomMiner(_Miner):
         return 0
 
 
-Miner = BM25Miner | DenseMiner | RunMiner | RandomMiner
+Miner = BM25Miner | DenseMiner | SparseMiner | RunMiner | RandomMiner
 
 
 class NegativeFilter(Section):

@@ -124,6 +124,22 @@ def test_a_runs_bytes_change_the_key_and_its_path_does_not(make_recipe: Any) -> 
     assert len({run_key(RUN, "abc"), run_key(RUN, "xyz"), run_key({**RUN, "skip": 1}, "abc")}) == 3
 
 
+def test_another_kind_of_index_changes_the_key_and_flat_is_what_there_always_was(make_recipe: Any) -> None:
+    kinds = ["flat", "ivf-flat", "ivf-pq", "hnsw"]
+
+    keys = [key(make_recipe(changed("miners.1.index", kind))) for kind in kinds]
+
+    assert keys[0] == key(make_recipe(MINING))
+    assert len({*keys}) == 4
+
+
+def test_a_sparse_miners_model_changes_the_key(make_recipe: Any) -> None:
+    recipe = make_recipe({"miners": [{"kind": "sparse", "quota": 2, "model": "some/student"}]})
+    moved = make_recipe({"miners": [{"kind": "sparse", "quota": 2, "model": "/elsewhere"}]})
+
+    assert key(recipe) == key(moved) != key(recipe, encoder={"weights": "xyz"})
+
+
 def test_near_duplicates_enter_the_key_whoever_scores(make_recipe: Any) -> None:
     by_teacher = {"by": "judge", "absolute_margin": 1.0}
     near = {**by_teacher, "near_duplicate": 0.9}
