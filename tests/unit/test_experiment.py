@@ -94,6 +94,28 @@ def test_a_teacher_whose_range_is_covered_is_the_only_one_asked_for_rows_without
     assert len(table) == len(score_table(make_experiment({**labels, "selection": "top"}, "SparseMultipleNegativesRankingLoss")))
 
 
+def test_promoted_positives_are_rows_of_their_own_counted_and_listed(make_experiment: Make) -> None:
+    before = score_table(make_experiment({"selection_teacher": "dense"}))
+    experiment = make_experiment({"num_negatives": 1})
+    dense = {"dense": experiment.scores_of(experiment.teacher("dense"))}
+    pairs = [(row.query_id, passage_id) for row in candidates(experiment) for passage_id in row.passage_ids]
+    scores = BankedScores(experiment.collection, dense)("dense", [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    threshold = float(np.sort(scores)[-3])
+
+    table = score_table(make_experiment({"num_negatives": 1, "selection_teacher": "dense", "promote_above": threshold}))
+
+    best = {pair: score for pair, score in zip(pairs, scores.tolist(), strict=True) if score >= threshold}
+    lines = (table.artifact.folder / "promoted.tsv").read_text("utf-8").splitlines()
+    assert lines[0] == "query_id\tpassage_id\tgold_sim"
+    listed = {(query_id, passage_id): float(score) for query_id, passage_id, score in (line.split("\t") for line in lines[1:])}
+    assert listed == pytest.approx(best)
+    assert table.counts["positives_promoted"] == len(best) == len(lines) - 1
+    rows = [(query_id, passage_ids[0]) for query_id, passage_ids, _ in table.rows()]
+    assert {*best} <= {*rows}
+    assert not {*best} & {(query_id, other) for query_id, passage_ids, _ in table.rows() for other in passage_ids[1:]}
+    assert table.counts["pairs_scored"] == 0 < before.counts["pairs_scored"]
+
+
 def test_another_selection_of_negatives_scores_no_pair(make_experiment: Make) -> None:
     score_table(make_experiment({}))
 

@@ -84,6 +84,8 @@ SETTINGS: list[tuple[list[str], str, set[str]]] = [
     ([], "labels.selection=stratified", FROM_TABLE),
     (["labels.selection=stratified"], "labels.seed=1", FROM_TABLE),
     (["labels.selection=stratified"], "labels.selection_teacher=judge", NONE),  # the only teacher
+    ([], "labels.promote_above=3.5", FROM_TABLE),
+    (["labels.promote_above=3.5"], "labels.selection_teacher=judge", NONE),
     ([], "labels.selection_teacher=judge", NONE),  # "top" reads no score
     ([], "labels.calibration.kind=zscore", FROM_TABLE),
     ([], "labels.calibration.scale=30.0", NONE),  # "raw" has no scale

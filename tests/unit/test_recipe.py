@@ -356,6 +356,12 @@ def test_an_error_inside_a_list_is_reported_once(refusal: Refusal) -> None:
         ),
         (
             WHOLE + TEACHER.replace('"t"', '"u"'),
+            ["labels.promote_above=2.5"],
+            "[labels] promote_above = 2.5 compares one teacher's scores, and the recipe has 2: ['t', 'u']; "
+            "name one as selection_teacher",
+        ),
+        (
+            WHOLE + TEACHER.replace('"t"', '"u"'),
             ["labels.selection=stratified"],
             '[labels] selection = "stratified" covers one teacher\'s range of scores, and the recipe has 2: [\'t\', \'u\']; '
             "name one as selection_teacher",

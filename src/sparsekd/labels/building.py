@@ -35,6 +35,9 @@ from sparsekd.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
+PROMOTED_FILE = "promoted.tsv"
+"""Beside the shards of a table whose recipe promotes candidates to positives: which ones they are."""
+
 
 def teacher_weights(recipe: Recipe) -> dict[str, float]:
     """Return each labelling teacher's share of the mean, in recipe order; teachers of weight 0 are not asked and not listed.
@@ -95,7 +98,11 @@ def _selection_fields(recipe: Recipe, teacher_identities: Mapping[str, Mapping[s
     """What decides which candidates become negatives."""
     labels, selecting = recipe.labels, selecting_teacher(recipe)
     fields: dict[str, Any] = {"kind": labels.selection} | ({} if labels.selection == "top" else {"seed": labels.seed})
-    return fields if selecting is None else {**fields, "identity": dict(teacher_identities[selecting])}
+    if labels.selection == "stratified":
+        fields["identity"] = dict(teacher_identities[selecting or ""])
+    if labels.promote_above is not None:
+        fields["promotion"] = {"above": labels.promote_above, "identity": dict(teacher_identities[selecting or ""])}
+    return fields
 
 
 def build_table(
@@ -132,12 +139,22 @@ def build_table(
         "summary": made.summary,
         "teachers": teacher_weights(recipe),
     }
+    if recipe.labels.promote_above is not None:
+        published["counts"]["positives_promoted"] = len(rows.promoted)
     folder = table_folder(cache, fields)
     with publish(folder, kind=KIND, fields=fields, extra=published) as temporary:
+        if recipe.labels.promote_above is not None:
+            _write_promoted(temporary / PROMOTED_FILE, rows)
         published["shards"] = write_shards(temporary, KIND, made.tables, -(-made.num_rows // ROWS_PER_SHARD))
     kind = recipe.labels.kind
     log.info("table %s: %d rows of kind %s, dropped %s, %s", folder.name, made.num_rows, kind, made.dropped, made.summary)
     return ScoreTable.open(folder)
+
+
+def _write_promoted(path: Path, rows: Rows) -> None:
+    """Mark the positives that nobody judged: tab-separated lines of query_id, passage_id and gold_sim, in the order of the rows."""
+    lines = [f"{query_id}\t{passage_id}\t{np.float32(score)!s}\n" for query_id, passage_id, score in rows.promoted]
+    path.write_text("query_id\tpassage_id\tgold_sim\n" + "".join(lines), encoding="utf-8", newline="\n")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 
 import numpy as np
@@ -36,6 +36,8 @@ class Rows:
     """Rows left out, by reason."""
     candidates_dropped_filter: int
     """Candidates the filter by a teacher took out."""
+    promoted: list[tuple[str, str, float]] = field(default_factory=list)
+    """Positives of rows that were mined and not judged: query_id, passage_id, raw gold_sim."""
 
     def pairs(self) -> tuple[list[str], list[str]]:
         """Return aligned query_ids and passage_ids, each pair once: what every weighted teacher must have scored."""
@@ -53,8 +55,8 @@ def filtering_teacher(recipe: Recipe) -> str | None:
 
 
 def selecting_teacher(recipe: Recipe) -> str | None:
-    """Return the name of the teacher over whose scores negatives are chosen, None where they are chosen without."""
-    if recipe.labels.selection != "stratified":
+    """Return the name of the teacher over whose scores rows are chosen, None where they are chosen without."""
+    if recipe.labels.selection != "stratified" and recipe.labels.promote_above is None:
         return None
     return recipe.labels.selection_teacher or recipe.teachers[0].name
 
@@ -74,32 +76,40 @@ def choose_rows(recipe: Recipe, candidates: Iterable[CandidateRow], gold_sim: Go
 
     ``gold_sim`` must know the ``reading_teachers``' scores of ``filter_pairs``. A candidate that the filtering teacher scores above
     the ceiling set by the query's weakest scored positive is left out. A row whose positive that teacher scores below
-    ``min_positive``, or with fewer than ``num_negatives``, is dropped and counted. With a percentile ``candidates`` are read twice.
+    ``min_positive``, or with fewer than ``num_negatives``, is dropped and counted. Candidates at or above ``promote_above`` become
+    positives after the judged ones, best first; a query none of whose judged positives is left is dropped all the same. With a
+    percentile ``candidates`` are read twice.
     Raises ValueError if a score is missing or no row is left.
     """
     labels, filtering, selecting = recipe.labels, filtering_teacher(recipe), selecting_teacher(recipe)
     query_ids: list[str] = []
     passage_ids: list[list[str]] = []
     dropped: Counter[str] = Counter(too_few_negatives=0)
+    all_promoted: list[tuple[str, str, float]] = []
     num_filtered, limit = 0, _limit(recipe, candidates, gold_sim)
     for block in _blocks(candidates):
         scores = {teacher: _scores_by_pair(recipe, block, teacher, gold_sim) for teacher in reading_teachers(recipe)}
         for row in block:
-            positive_ids, kept = row.positive_ids, list(range(len(row.passage_ids)))
+            positive_ids, places = row.positive_ids, list(range(len(row.passage_ids)))
+            promoted = _promoted(row, scores[selecting], labels.promote_above) if selecting else []
+            kept = [place for place in places if place not in {found for found, _ in promoted}] if promoted else places
             if filtering is not None:
                 positive_ids = _shared_positives(row, scores[filtering], recipe.mining.filter)
                 if recipe.mining.filter.min_positive is not None:
                     dropped["positive_below_minimum"] += len(row.positive_ids) - len(positive_ids)
                 if not positive_ids:
                     continue
-                kept = _kept_by_teacher(row, positive_ids, scores[filtering], recipe.mining.filter, limit)
-                num_filtered += len(row.passage_ids) - len(kept)
+                num_before = len(kept)
+                kept = _kept_by_teacher(row, kept, positive_ids, scores[filtering], recipe.mining.filter, limit)
+                num_filtered += num_before - len(kept)
             spread = [scores[selecting][row.query_id, row.passage_ids[place]] for place in kept] if selecting else None
+            new_ids = [row.passage_ids[place] for place, _ in promoted]
             negatives = choose_negatives(row, kept, labels, spread)
             if len(negatives) < labels.num_negatives:
-                dropped["too_few_negatives"] += len(positive_ids)
+                dropped["too_few_negatives"] += len(positive_ids) + len(new_ids)
                 continue
-            for positive_id in positive_ids:
+            all_promoted += [(row.query_id, row.passage_ids[place], score) for place, score in promoted]
+            for positive_id in [*positive_ids, *new_ids]:
                 query_ids.append(row.query_id)
                 passage_ids.append([positive_id, *negatives])
     if not query_ids:
@@ -108,7 +118,7 @@ def choose_rows(recipe: Recipe, candidates: Iterable[CandidateRow], gold_sim: Go
             f"({num_filtered} candidates filtered{_below_minimum(dropped)}); lower num_negatives, raise the miners' quota or loosen"
             " [mining.filter]"
         )
-    return Rows(query_ids, passage_ids, dict(dropped), num_filtered)
+    return Rows(query_ids, passage_ids, dict(dropped), num_filtered, all_promoted)
 
 
 def require_scores(scores: NDArray[np.float32], teacher: str, query_ids: Sequence[str], passage_ids: Sequence[str]) -> None:
@@ -147,7 +157,8 @@ def _scores_by_pair(
 ) -> dict[tuple[str, str], float]:
     if gold_sim is None:
         is_filter = teacher == filtering_teacher(recipe)
-        where = f"[mining.filter] by = {teacher!r}" if is_filter else f"[labels] selection = {recipe.labels.selection!r}"
+        name = "selection" if recipe.labels.selection == "stratified" else "promote_above"
+        where = f"[mining.filter] by = {teacher!r}" if is_filter else f"[labels] {name} = {getattr(recipe.labels, name)!r}"
         raise ValueError(f"{where} needs that teacher's scores; none were given" + ("" if is_filter else f" (teacher {teacher!r})"))
     query_ids, passage_ids = filter_pairs(block)
     scores = gold_sim(teacher, query_ids, passage_ids)
@@ -175,17 +186,26 @@ def _shared_positives(row: CandidateRow, scores: dict[tuple[str, str], float], n
     return [passage_id for passage_id in row.positive_ids if scores[row.query_id, passage_id] >= minimum]
 
 
+def _promoted(row: CandidateRow, scores: dict[tuple[str, str], float], threshold: float | None) -> list[tuple[int, float]]:
+    """Places and scores of the candidates that become positives, best first, ties in the order of the candidates."""
+    if threshold is None:
+        return []
+    found = [(place, scores[row.query_id, passage_id]) for place, passage_id in enumerate(row.passage_ids)]
+    return sorted(((place, score) for place, score in found if score >= threshold), key=lambda each: -each[1])
+
+
 def _kept_by_teacher(
     row: CandidateRow,
+    places: Sequence[int],
     positive_ids: Sequence[str],
     scores: dict[tuple[str, str], float],
     negative_filter: NegativeFilter,
     limit: float,
 ) -> list[int]:
-    """Places of the candidates at or below the ceiling; the weakest positive sets it, as in mining."""
+    """Those of ``places`` whose candidates are at or below the ceiling; the weakest positive sets it, as in mining."""
     weakest = min(scores[row.query_id, passage_id] for passage_id in positive_ids)
     ceiling = ceiling_of(weakest, negative_filter, limit)
-    return [place for place, passage_id in enumerate(row.passage_ids) if scores[row.query_id, passage_id] <= ceiling]
+    return [place for place in places if scores[row.query_id, row.passage_ids[place]] <= ceiling]
 
 
 def _below_minimum(dropped: Counter[str]) -> str:

@@ -1,8 +1,8 @@
 """Approximate dense search: FAISS IVF-Flat, IVF-PQ and HNSW with parameters that follow from the collection's size.
 
 They find fewer of the best passages than ``dense`` does, so whoever uses them measures how many (``vector_rankings``), and their
-proposals are scored again exactly. Below about a million passages the exact index is as fast: at 100,000 of width 384, 64 probes
-gave recall@100 .91 at 0.56 of its time, after 5.5 s of training (2 CPU cores, faiss 1.15).
+proposals are scored again exactly. What they save comes at that price: at 100,000 passages of width 384, 64 probes gave recall@100
+.91 for 0.56 of the exact index's time, after 5.5 s of training (2 CPU cores, faiss 1.15).
 Lists are trained from a fixed seed, HNSW is built by one thread: with several its links depend on their order.
 """
 
@@ -47,7 +47,7 @@ def index_parameters(kind: IndexKind, num_passages: int, depth: int) -> dict[str
     if num_passages < needed:
         raise ValueError(
             f"[mining.miners] index = {kind!r}: {num_passages:,} passages are too few to train it, it needs {needed:,} "
-            f'({VECTORS_PER_LIST} for each centroid); use index = "flat", which is exact and as fast at this size'
+            f'({VECTORS_PER_LIST} for each centroid); use index = "flat", which is exact'
         )
     lists: int = 2 ** int(math.log2(min(4 * math.sqrt(num_passages), num_passages / VECTORS_PER_LIST)))
     parameters = {"lists": lists, "probes": lists // 16}

@@ -37,8 +37,8 @@ class DenseMiner(_RankingMiner, EncoderSpec):
 
     kind: Literal["dense"]
     index: Literal["flat", "ivf-flat", "ivf-pq", "hnsw"] = "flat"
-    """FAISS index. ``flat`` is exact; the others find fewer of the best for less time, from about a million passages on; their
-    parameters follow from the number of passages, and their recall is measured."""
+    """FAISS index. ``flat`` is exact; the others find fewer of the best in less time; their parameters follow from the number of
+    passages, and their recall is measured."""
 
 
 class SparseMiner(_RankingMiner, EncoderSpec):

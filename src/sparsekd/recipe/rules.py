@@ -82,11 +82,17 @@ def check_names(recipe: Recipe) -> None:
     selecting = recipe.labels.selection_teacher
     if selecting is not None and selecting not in names:
         raise ValueError(f"[labels] selection_teacher = {selecting!r}: expected one of the teachers {names}")
-    if recipe.labels.selection == "stratified" and selecting is None and len(names) > 1:
-        raise ValueError(
-            f'[labels] selection = "stratified" covers one teacher\'s range of scores, and the recipe has {len(names)}: {names}; '
-            "name one as selection_teacher"
-        )
+    if selecting is None and len(names) > 1:
+        if recipe.labels.selection == "stratified":
+            raise ValueError(
+                '[labels] selection = "stratified" covers one teacher\'s range of scores, and the recipe has '
+                f"{len(names)}: {names}; name one as selection_teacher"
+            )
+        if recipe.labels.promote_above is not None:
+            raise ValueError(
+                f"[labels] promote_above = {recipe.labels.promote_above:g} compares one teacher's scores, and the recipe has "
+                f"{len(names)}: {names}; name one as selection_teacher"
+            )
 
 
 def check_candidates_fill_rows(recipe: Recipe) -> None:

@@ -89,7 +89,10 @@ class Labels(_Section):
     seed: int = 0
     """Seed of the draws."""
     selection_teacher: str | None = None
-    """Teacher whose raw gold_sim ``stratified`` covers. None takes the recipe's only teacher."""
+    """Teacher whose raw gold_sim ``stratified`` covers and ``promote_above`` compares. None takes the recipe's only teacher."""
+    promote_above: float | None = None
+    """Candidates with at least this raw gold_sim become positives, a row each, and no negatives: judgements are incomplete. The
+    scale is the teacher's, so there is no default; they are counted and listed, and set no filter's ceiling."""
     calibration: Calibration = Calibration()
     """Applied to each teacher before they are combined."""
     weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})

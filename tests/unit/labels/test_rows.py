@@ -200,3 +200,46 @@ def test_no_positive_left_is_refused_with_the_number_below_the_minimum(
 
     with pytest.raises(ValueError, match=r"none of 1 rows .* \(0 candidates filtered, 1 positives below min_positive\)"):
         choose_rows(recipe, [candidate_row("q0", "x", bm25="ab")], scored(known_scores, q0={"x": 1.0, "a": 0.0, "b": 0.0}))
+
+
+def test_candidates_at_or_above_the_threshold_become_positives_and_nobodys_negatives(
+    make_recipe: Any, candidate_row: Any, known_scores: Any
+) -> None:
+    gold_sim = scored(known_scores, q0={"x": 5.0, "a": 7.5, "b": 1.0, "c": 8.0, "d": 7.4}, q1={"y": 9.0, "a": 0.0, "b": 0.0})
+    candidates = [candidate_row("q0", "x", bm25="abcd"), candidate_row("q1", "y", bm25="ab")]
+
+    rows = choose_rows(make_recipe({"promote_above": 7.5}), candidates, gold_sim)
+
+    assert rows.query_ids == ["q0", "q0", "q0", "q1"]
+    assert rows.passage_ids == [["x", "b", "d"], ["c", "b", "d"], ["a", "b", "d"], ["y", "a", "b"]]
+    assert rows.promoted == [("q0", "c", 8.0), ("q0", "a", 7.5)]
+
+
+def test_a_promoted_positive_is_no_filtered_candidate_and_sets_no_ceiling(
+    make_recipe: Any, candidate_row: Any, known_scores: Any
+) -> None:
+    gold_sim = scored(known_scores, q0={"x": 9.0, "a": 8.5, "b": 8.4, "c": 8.0, "d": 7.9, "e": 0.0})
+    recipe = make_recipe({"promote_above": 8.5}, negative_filter=BY_JUDGE)
+
+    rows = choose_rows(recipe, [candidate_row("q0", "x", bm25="abcde")], gold_sim)
+
+    assert rows.passage_ids == [["x", "c", "d"], ["a", "c", "d"]]  # b is above 9 − 1
+    assert rows.candidates_dropped_filter == 1
+
+
+def test_rows_of_promoted_positives_are_dropped_with_the_querys_others(
+    make_recipe: Any, candidate_row: Any, known_scores: Any
+) -> None:
+    gold_sim = scored(known_scores, q0={"x": 5.0, "a": 8.0, "b": 1.0}, q1={"y": 9.0, "a": 0.0, "b": 0.0})
+    candidates = [candidate_row("q0", "x", bm25="ab"), candidate_row("q1", "y", bm25="ab")]
+
+    rows = choose_rows(make_recipe({"promote_above": 7.5}), candidates, gold_sim)
+
+    assert rows.query_ids == ["q1"]
+    assert rows.promoted == []
+    assert rows.dropped == {"too_few_negatives": 2}
+
+
+def test_promotion_without_scores_is_refused(make_recipe: Any, candidate_row: Any) -> None:
+    with pytest.raises(ValueError, match=r"\[labels\] promote_above = 7.5 needs that teacher's scores; none were given \(teacher"):
+        choose_rows(make_recipe({"promote_above": 7.5}), [candidate_row("q0", "x", bm25="abc")])
