@@ -49,15 +49,12 @@ def merged(
 
     What one search over all of the passages would give, if each block holds the best ``depth`` of its own.
     """
-    width = min(depth, left[0].shape[1] + right[0].shape[1])
-    positions_QK, scores_QK = empty_block(len(left[0]), width)
-    for row in range(len(positions_QK)):
-        positions = np.concatenate((left[0][row], right[0][row]))
-        scores = np.concatenate((left[1][row], right[1][row]))
-        found = positions != NONE
-        best, best_scores = best_first(positions[found], scores[found], id_rank, depth)
-        positions_QK[row, : len(best)], scores_QK[row, : len(best)] = best, best_scores
-    return positions_QK, scores_QK
+    positions_QK = np.concatenate((left[0], right[0]), axis=1)
+    scores_QK = np.concatenate((left[1], right[1]), axis=1)
+    is_filler = positions_QK == NONE
+    rank_QK = np.where(is_filler, np.iinfo(np.int32).max, id_rank[positions_QK])
+    order = np.lexsort((rank_QK, np.where(is_filler, np.inf, -scores_QK)), axis=-1)[:, :depth]
+    return np.take_along_axis(positions_QK, order, axis=1), np.take_along_axis(scores_QK, order, axis=1)
 
 
 def to_ids(positions_QK: Positions, scores_QK: Scores, passage_ids: Sequence[str]) -> tuple[list[list[str]], list[Scores]]:

@@ -111,42 +111,38 @@ def select_candidates(
     seen_ids: set[str] = set()
     kept_texts: set[str] = set()
     counts: Counter[str] = Counter()
-
     wanted = sum(proposal.quota for proposal in proposals if not proposal.is_fallback)
-
-    def reason(proposal: Proposal, position: int, has_room: bool) -> str | None:
-        passage_id = proposal.passage_ids[position]
-        if position < proposal.skip:
-            return "dropped_skipped_rank"
-        if passage_id in positives:
-            return "dropped_positive"
-        if texts[passage_id] in positive_texts:
-            return "dropped_positive_text"
-        if near is not None and near.matches(texts[passage_id]):
-            return "dropped_near_duplicate"
-        if passage_id in seen_ids:
-            return "dropped_duplicate_candidate"
-        if texts[passage_id] in kept_texts:
-            return "dropped_duplicate_text"
-        if proposal.scores[position] > proposal.ceiling:
-            seen_ids.add(passage_id)  # the first miner to propose it decides: a later one cannot bring it back
-            return "dropped_filter"
-        return None if has_room else "dropped_over_quota"
-
     for proposal in proposals:
-        num_kept = 0
-        quota = min(proposal.quota, wanted - len(kept)) if proposal.is_fallback else proposal.quota
-        for position, passage_id in enumerate(proposal.passage_ids):
-            dropped = reason(proposal, position, num_kept < quota)
-            counts[dropped or "kept"] += 1
-            if dropped is None:
+        room = min(proposal.quota, wanted - len(kept)) if proposal.is_fallback else proposal.quota
+        num_before = len(kept)
+        counts["dropped_skipped_rank"] += min(proposal.skip, len(proposal.passage_ids))
+        for position in range(proposal.skip, len(proposal.passage_ids)):
+            passage_id = proposal.passage_ids[position]
+            text = texts[passage_id]
+            if passage_id in positives:
+                counts["dropped_positive"] += 1
+            elif text in positive_texts:
+                counts["dropped_positive_text"] += 1
+            elif near is not None and near.matches(text):
+                counts["dropped_near_duplicate"] += 1
+            elif passage_id in seen_ids:
+                counts["dropped_duplicate_candidate"] += 1
+            elif text in kept_texts:
+                counts["dropped_duplicate_text"] += 1
+            elif proposal.scores[position] > proposal.ceiling:
+                seen_ids.add(passage_id)  # the first miner to propose it decides: a later one cannot bring it back
+                counts["dropped_filter"] += 1
+            elif room == 0:
+                counts["dropped_over_quota"] += 1
+            else:
                 kept.append(Candidate(passage_id, proposal.miner, float(proposal.scores[position]), position + 1))
                 seen_ids.add(passage_id)
-                kept_texts.add(texts[passage_id])
-                num_kept += 1
+                kept_texts.add(text)
+                room -= 1
+        counts["kept"] += len(kept) - num_before
         counts["proposed"] += len(proposal.passage_ids)
         if proposal.is_fallback:
-            counts["filled_by_fallback"] += num_kept
+            counts["filled_by_fallback"] += len(kept) - num_before
     return kept, counts
 
 

@@ -28,6 +28,7 @@ their mean recall is below .01 where single queries spread by .1."""
 _SEED = 0  # of the passages that train an index
 
 Block = tuple[Positions, Scores]
+Floors = NDArray[np.float32] | None
 
 
 def by_dense_vectors(miner: DenseMiner, name: str, question: Question) -> Ranking:
@@ -55,7 +56,8 @@ def by_sparse_vectors(miner: SparseMiner, name: str, question: Question) -> Rank
     source = question.source
     shards = _Shards(question, lambda texts: source.sparse_vectors(miner, texts, "passage"))
     query_csr = source.sparse_vectors(miner, question.queries, "query")
-    block = _merged_shards(shards, miner.depth, lambda ids, part: SparseIndex(part, ids).search_positions(query_csr, miner.depth))
+    depth = miner.depth
+    block = _merged_shards(shards, depth, lambda ids, part, _: SparseIndex(part, ids).search_positions(query_csr, depth))
     place_by_id: dict[str, int] = {}
     positive_csr: Any = None
     if question.filters_by_miner:
@@ -79,30 +81,41 @@ class _Shards:
         self._only: Any = None
 
     def __iter__(self) -> Iterator[tuple[int, list[str], Any]]:
+        if len(self.passage_ids) <= self._size:
+            if self._only is None:
+                self._only = self._vectors(self._texts)
+            yield 0, self.passage_ids, self._only
+            return
         for start in range(0, len(self.passage_ids), self._size):
-            vectors = self._only
-            if vectors is None:
-                vectors = self._vectors(self._texts[start : start + self._size])
-            if len(self.passage_ids) <= self._size:
-                self._only = vectors
-            yield start, self.passage_ids[start : start + self._size], vectors
+            part = slice(start, start + self._size)  # no name for the vectors: it would keep them while the next are made
+            yield start, self.passage_ids[part], self._vectors(self._texts[part])
 
 
-def _merged_shards(shards: _Shards, depth: int, search: Callable[[list[str], Any], Block]) -> Block:
-    """Search each shard, whose positions begin at 0, and keep the best of all."""
+def _merged_shards(shards: _Shards, depth: int, search: Callable[[list[str], Any, Floors], Block]) -> Block:
+    """Search each shard, whose positions begin at 0, and keep the best of all; ``search`` is told what it has to reach."""
     id_rank = id_ranks(shards.passage_ids)
     block: Block | None = None
     for start, passage_ids, vectors in shards:
-        positions_QK, scores_QK = search(passage_ids, vectors)
+        positions_QK, scores_QK = search(passage_ids, vectors, None if block is None else _floors(block, depth))
         found = np.where(positions_QK == NONE, NONE, positions_QK + start).astype(np.int32), scores_QK
         block = found if block is None else merged(block, found, id_rank, depth)
+        del vectors  # before the next shard's are made
     assert block is not None
     return block
 
 
+def _floors(block: Block, depth: int) -> Floors:
+    """float32 [Q]: the score of each query's last place, which another passage must reach; -inf where places are free."""
+    positions_QK, scores_QK = block
+    if positions_QK.shape[1] < depth:
+        return None
+    return np.where(positions_QK[:, -1] == NONE, np.float32(-np.inf), scores_QK[:, -1])
+
+
 def _exact(vectors_QD: NDArray[np.float32], shards: _Shards, depth: int, similarity: Similarity, device: str) -> Block:
-    def search(passage_ids: list[str], vectors: NDArray[np.float32]) -> Block:
-        return DenseIndex(vectors, passage_ids, similarity=similarity, device=device).search_positions(vectors_QD, depth)
+    def search(passage_ids: list[str], vectors: NDArray[np.float32], floors_Q: Floors) -> Block:
+        index = DenseIndex(vectors, passage_ids, similarity=similarity, device=device)
+        return index.search_positions(vectors_QD, depth, floors_Q=floors_Q)
 
     return _merged_shards(shards, depth, search)
 
@@ -115,6 +128,7 @@ def _fill(index: ApproximateIndex, miner: DenseMiner, question: Question, shards
         index.train(question.source.vectors(miner, [texts[position] for position in np.sort(drawn).tolist()], "passage"))
     for _, _, vectors in shards:
         index.add(vectors)
+        del vectors  # before the next shard's are made
 
 
 def _compared_rows(question: Question) -> NDArray[np.int64]:
@@ -134,21 +148,18 @@ def _refined(
     """Score proposals exactly, keep the best ``depth``, and return them with their recall on the rows ``compared``."""
     scores_QW = np.zeros(positions_QW.shape, dtype=np.float32)
 
-    def search(passage_ids: list[str], vectors: NDArray[np.float32]) -> Block:
-        index = DenseIndex(vectors, passage_ids, similarity=similarity, device="cpu")
-        return index.search_positions(vectors_QD[compared], depth)
-
     for start, passage_ids, vectors in shards:
         for row in range(len(positions_QW)):
             inside = np.flatnonzero((positions_QW[row] >= start) & (positions_QW[row] < start + len(passage_ids)))
             scores_QW[row, inside] = similarities(vectors_QD[row], vectors, positions_QW[row, inside] - start, similarity)
+        del vectors  # before the next shard's are made
     id_rank = id_ranks(shards.passage_ids)
     positions_QK, scores_QK = empty_block(len(positions_QW), min(depth, positions_QW.shape[1]))
     for row in range(len(positions_QW)):
         found = positions_QW[row] != NONE
         best, best_scores = best_first(positions_QW[row, found], scores_QW[row, found], id_rank, depth)
         positions_QK[row, : len(best)], scores_QK[row, : len(best)] = best, best_scores
-    exact_QK, _ = _merged_shards(shards, depth, search)
+    exact_QK, _ = _exact(vectors_QD[compared], shards, depth, similarity, "cpu")
     return (positions_QK, scores_QK), recall(positions_QK[compared], exact_QK)
 
 

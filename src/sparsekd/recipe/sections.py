@@ -260,9 +260,9 @@ class Run(_Section):
     """Tokens per forward pass when encoding and scoring."""
     shard_pairs: int = Field(default=20_000, ge=1)
     """Pairs (or texts) scored between two commits to the bank: the most a crash can lose."""
-    shard_passages: int = Field(default=250_000, ge=1)
-    """Passages whose vectors a miner searches at once, for collections larger than memory: 8 bytes a dim with FAISS's own copy, 770
-    MB at width 384."""
+    shard_passages: int = Field(default=20_000, ge=1)
+    """Passages whose vectors a miner searches at once, so that no collection is larger than memory: 8 bytes a dim with FAISS's own
+    copy, 61 MB at width 384."""
     fused_head: bool = True
     """Compute the SPLADE head block by block; off runs sentence-transformers' own module."""
     packed: bool = True
