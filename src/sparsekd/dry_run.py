@@ -12,9 +12,10 @@ from sparsekd.bank.scores import ScoreBank
 from sparsekd.labels.banked import BankedScores
 from sparsekd.labels.building import scored_teachers
 from sparsekd.labels.rows import filter_pairs
-from sparsekd.mining.candidates import Candidates
+from sparsekd.mining.approximate import describe_parameters, index_parameters
+from sparsekd.mining.candidates import Candidates, miner_names
 from sparsekd.plan import Plan
-from sparsekd.recipe import FileTeacher
+from sparsekd.recipe import DenseMiner, FileTeacher
 
 _BYTES_PER_PAIR = 24  # `sparsekd bank ls` says 1.46 MB for 66,499 pairs; rounded up
 _FIELDS_SHOWN = 6
@@ -30,6 +31,7 @@ def describe_plan(plan: Plan, kinds: Sequence[str]) -> str:
         if hit is None:
             missing.append(kind)
             lines += _why(plan, kind, fields)
+            lines += _indexes(plan) if kind == "candidates" else []
         else:
             missing.clear()  # what this one was made of is not needed any more
     if "tables" in kinds and "tables" in missing:
@@ -49,6 +51,18 @@ def _why(plan: Plan, kind: str, fields: Mapping[str, Any]) -> list[str]:
     ]
     more = len(shown) - _FIELDS_SHOWN
     return shown[:_FIELDS_SHOWN] + ([f"             and {more} more fields"] if more > 0 else [])
+
+
+def _indexes(plan: Plan) -> list[str]:
+    """State the parameters of the approximate indexes that will be built; ValueError where one cannot be."""
+    asked = plan.recipe.mining.asked
+    lines = []
+    for name, miner in zip(miner_names(asked), asked, strict=True):
+        if isinstance(miner, DenseMiner) and miner.index != "flat":
+            num_passages = len(plan.collection.passages)
+            parameters = describe_parameters(index_parameters(miner.index, num_passages, miner.depth))
+            lines.append(f"miner {name}: index {miner.index} over {num_passages:,} passages, {parameters}")
+    return lines
 
 
 def _pairs(plan: Plan) -> list[str]:

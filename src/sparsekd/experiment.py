@@ -34,7 +34,7 @@ from sparsekd.labels.vectors import vector_teacher, vocabulary_digest
 from sparsekd.mining.candidates import Candidates
 from sparsekd.plan import Plan
 from sparsekd.provenance import provenance
-from sparsekd.recipe import BM25Teacher, DenseMiner, FileTeacher, Recipe, Teacher
+from sparsekd.recipe import BM25Teacher, DenseMiner, FileTeacher, Recipe, SparseMiner, Teacher
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from sparsekd.teachers.dense import DenseEncoder
     from sparsekd.teachers.protocols import Similarity
     from sparsekd.teachers.scoring import PairTexts, ScoringCounts
+    from sparsekd.teachers.sparse import SparseTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -101,11 +102,12 @@ def candidates(experiment: Experiment) -> Candidates:
 
 
 class _BankedVectors:
-    """Vectors for dense miners, through the embedding bank."""
+    """Vectors for dense and sparse miners, through their banks."""
 
     def __init__(self, experiment: Experiment) -> None:
         self._experiment = experiment
         self._encoders: dict[DenseMiner, DenseEncoder] = {}
+        self._sparse: dict[SparseMiner, SparseTeacher] = {}
 
     def _encoder(self, spec: DenseMiner) -> DenseEncoder:
         from sparsekd.teachers.dense import DenseEncoder
@@ -122,6 +124,16 @@ class _BankedVectors:
 
         shard_texts = self._experiment.recipe.run.shard_pairs
         return banked_vectors(self._encoder(spec), self._experiment.embedding_bank, texts, role, shard_texts)
+
+    def sparse_vectors(
+        self, spec: SparseMiner, texts: Sequence[str], role: Literal["query", "passage"]
+    ) -> scipy.sparse.csr_matrix:
+        """Return float32 CSR [n, V] in the order of ``texts``."""
+        from sparsekd.teachers.sparse import SparseTeacher, banked_sparse_vectors
+
+        teacher = self._sparse.get(spec) or self._sparse.setdefault(spec, SparseTeacher(spec, self._experiment.recipe.run))
+        shard_texts = self._experiment.recipe.run.shard_pairs
+        return banked_sparse_vectors(teacher, self._experiment.embedding_bank.sparse, texts, role, shard_texts)
 
 
 def score_table(experiment: Experiment) -> ScoreTable:

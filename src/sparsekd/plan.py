@@ -15,10 +15,11 @@ from typing import Any
 from sparsekd.artifact import Artifact, find, key_of
 from sparsekd.collection.beir import Collection, collection_digest, read_collection
 from sparsekd.labels.building import table_fields
-from sparsekd.mining.candidates import COLLECTION_FILES, candidates_fields
-from sparsekd.recipe import BM25Teacher, DenseMiner, FileTeacher, Recipe, Teacher
+from sparsekd.mining.candidates import COLLECTION_FILES, candidates_fields, has_identity
+from sparsekd.mining.run_file import run_identity
+from sparsekd.recipe import BM25Teacher, DenseMiner, FileTeacher, Miner, Recipe, RunMiner, SparseMiner, Teacher
 from sparsekd.students.identity import needs_passages, student_fields, training_fields
-from sparsekd.teachers.identity import bm25_identity, encoder_identity, file_identity, teacher_identity
+from sparsekd.teachers.identity import bm25_identity, encoder_identity, file_identity, sparse_identity, teacher_identity
 
 EVALUATION_VERSION = 1
 """Raised when the same fields would give other rankings or figures."""
@@ -65,8 +66,8 @@ class Plan:
     def candidates_fields(self) -> dict[str, Any]:
         """What decides the candidates."""
         digest = collection_digest(self.collection_folder, COLLECTION_FILES)
-        miners = [miner for miner in self.recipe.mining.miners if isinstance(miner, DenseMiner)]
-        return candidates_fields(self.recipe, digest, [encoder_identity(miner) for miner in miners])
+        identities = [_miner_identity(miner) for miner in self.recipe.mining.asked if has_identity(miner)]
+        return candidates_fields(self.recipe, digest, identities)
 
     @cached_property
     def table_fields(self) -> dict[str, Any]:
@@ -147,3 +148,13 @@ class Plan:
             "evaluations": self.evaluation_fields,
         }
         return [(kind, fields[kind]()) for kind in kinds]
+
+
+def _miner_identity(miner: Miner) -> dict[str, Any]:
+    """What decides the vectors or lines of a miner that reads a model or a file."""
+    if isinstance(miner, RunMiner):
+        return dict(run_identity(miner.path))
+    if isinstance(miner, SparseMiner):
+        return sparse_identity(miner)
+    assert isinstance(miner, DenseMiner), miner.kind
+    return encoder_identity(miner)

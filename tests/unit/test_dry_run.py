@@ -181,3 +181,22 @@ def test_pairs_wanted_and_banked_are_exact_once_candidates_are_mined(plan_of: Ca
     wanted = len(query_ids)
     assert f"teacher judge: pairs wanted {wanted}, already banked 10, to score at most {wanted - 10}," in text
     assert text.endswith("order of work: tables")
+
+
+def test_an_approximate_index_is_stated_with_its_parameters_before_it_is_built(plan_of: Callable[..., Plan]) -> None:
+    Path("model/modules.json").write_text("[]", encoding="utf-8")
+    miner = "mining.fallback={kind = 'dense', quota = 3, depth = 50, model = 'model', index = 'hnsw'}"
+
+    text = describe_plan(plan_of(miner), ("candidates",))
+
+    number = len(read_collection(Path("collection")).passages)
+    expected = f"miner dense: index hnsw over {number} passages, links 32, build_effort 200, search_effort 228, window 114"
+    assert line_of(text, "miner dense") == expected
+
+
+def test_an_index_that_cannot_be_trained_is_refused_by_the_plan(plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of("mining.fallback={kind = 'dense', quota = 3, model = 'model', index = 'ivf-flat'}")
+    Path("model/modules.json").write_text("[]", encoding="utf-8")
+
+    with pytest.raises(ValueError, match=r"passages are too few to train it, it needs 2,496 .*use index = \"flat\""):
+        describe_plan(plan, ("candidates",))

@@ -86,6 +86,84 @@ def test_a_teacher_that_filters_rows_without_labels_is_the_only_one_asked(make_e
     assert files(experiment) == {"scores", "embeddings"}
 
 
+def test_a_teacher_whose_range_is_covered_is_the_only_one_asked_for_rows_without_labels(make_experiment: Make) -> None:
+    labels = {"kind": "none", "num_negatives": 2, "selection": "stratified", "selection_teacher": "dense"}
+    experiment = make_experiment(labels, "SparseMultipleNegativesRankingLoss")
+
+    table = score_table(experiment)
+
+    assert table.counts["pairs"] == table.counts["pairs_scored"] > 0
+    assert files(experiment) == {"scores", "embeddings"}
+    assert len(table) == len(score_table(make_experiment({**labels, "selection": "top"}, "SparseMultipleNegativesRankingLoss")))
+
+
+def test_promoted_positives_are_rows_of_their_own_counted_and_listed(make_experiment: Make) -> None:
+    before = score_table(make_experiment({"selection_teacher": "dense"}))
+    experiment = make_experiment({"num_negatives": 1})
+    dense = {"dense": experiment.scores_of(experiment.teacher("dense"))}
+    pairs = [(row.query_id, passage_id) for row in candidates(experiment) for passage_id in row.passage_ids]
+    scores = BankedScores(experiment.collection, dense)("dense", [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    threshold = float(np.sort(scores)[-3])
+
+    table = score_table(make_experiment({"num_negatives": 1, "selection_teacher": "dense", "promote_above": threshold}))
+
+    best = {pair: score for pair, score in zip(pairs, scores.tolist(), strict=True) if score >= threshold}
+    lines = (table.artifact.folder / "promoted.tsv").read_text("utf-8").splitlines()
+    assert lines[0] == "query_id\tpassage_id\tgold_sim"
+    listed = {(query_id, passage_id): float(score) for query_id, passage_id, score in (line.split("\t") for line in lines[1:])}
+    assert listed == pytest.approx(best)
+    assert table.counts["positives_promoted"] == len(best) == len(lines) - 1
+    rows = [(query_id, passage_ids[0]) for query_id, passage_ids, _ in table.rows()]
+    assert {*best} <= {*rows}
+    assert not {*best} & {(query_id, other) for query_id, passage_ids, _ in table.rows() for other in passage_ids[1:]}
+    assert table.counts["pairs_scored"] == 0 < before.counts["pairs_scored"]
+
+
+def test_another_selection_of_negatives_scores_no_pair(make_experiment: Make) -> None:
+    score_table(make_experiment({}))
+
+    table = score_table(make_experiment({"selection": "stratified", "selection_teacher": "dense"}))
+
+    assert table.counts["pairs_scored"] == 0
+
+
+def test_a_sparse_miner_proposes_by_the_vectors_that_its_model_gives_and_banks_them(
+    make_experiment: Make, tiny_splade_folder: Path, tmp_path: Path
+) -> None:
+    from sentence_transformers import SparseEncoder
+
+    student_folder = shutil.copytree(tiny_splade_folder, tmp_path / "student of an earlier round")
+    mining = {"miners": [{"kind": "sparse", "model": str(student_folder), "quota": 4, "depth": 9}]}
+    experiment = make_experiment({"kind": "none"}, "SparseMultipleNegativesRankingLoss", mining=mining)
+
+    mined = candidates(experiment)
+
+    collection, model = experiment.collection, SparseEncoder(str(student_folder), device="cpu")
+    passages = model.encode_document(list(collection.passages.values()), prompt="", convert_to_sparse_tensor=False).numpy()
+    for row in mined:
+        query = model.encode_query(collection.queries[row.query_id], prompt="", convert_to_sparse_tensor=False).numpy()
+        score = dict(zip(collection.passages, (passages.astype(np.float64) @ query).tolist(), strict=True))
+        assert row.miner == ["sparse"] * 4
+        np.testing.assert_allclose(row.miner_score, [score[passage_id] for passage_id in row.passage_ids], rtol=1e-4)
+        others = {*collection.passages} - {*row.passage_ids, *row.positive_ids}
+        assert min(row.miner_score) >= max(score[passage_id] for passage_id in others) - 1e-3
+    assert files(experiment) == {"sparse"}
+
+
+def test_a_miner_over_a_student_of_an_earlier_round_scores_new_pairs_only(
+    make_experiment: Make, tiny_splade_folder: Path
+) -> None:
+    first = score_table(make_experiment({}))
+    miners = [{"kind": "bm25", "quota": 3}, {"kind": "sparse", "model": str(tiny_splade_folder), "quota": 3}]
+    experiment = make_experiment({}, mining={"miners": miners})
+
+    second = score_table(experiment)
+
+    assert second.counts["pairs_reused"] == first.counts["pairs"]
+    new = [row for row in candidates(experiment) for miner in row.miner if miner == "sparse"]
+    assert second.counts["pairs_scored"] == 2 * len(new) > 0  # two teachers
+
+
 def test_similarities_and_scores_share_the_bank(make_experiment: Make, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="sparsekd")
     scores = score_table(make_experiment({}))

@@ -64,10 +64,15 @@ SETTINGS: list[tuple[list[str], str, set[str]]] = [
     ([], "mining.miners.dense.query_prompt='q: '", ALL),
     ([], "mining.miners.dense.dtype=bfloat16", ALL),
     ([], "mining.miners.dense.model=models/other", ALL),
+    ([], "mining.miners.dense.index=hnsw", ALL),
     ([], "mining.max_positives=1", ALL),
     ([], "mining.filter.absolute_margin=0.1", ALL),
     ([], "mining.filter.by=judge", NONE),  # without a margin nothing is filtered
     (["mining.filter.by=judge"], "mining.filter.relative_margin=0.1", FROM_TABLE),
+    (["mining.filter.by=judge"], "mining.filter.percentile=95.0", FROM_TABLE),
+    (["mining.filter.by=judge"], "mining.filter.min_positive=1.0", FROM_TABLE),
+    ([], "mining.filter.percentile=95.0", ALL),
+    ([], "mining.filter.near_duplicate=0.9", ALL),
     ([], "teachers.judge.model=models/other", FROM_TABLE),
     ([], "teachers.judge.max_length=64", FROM_TABLE),
     ([], "teachers.judge.passage_prompt='p: '", FROM_TABLE),
@@ -78,6 +83,12 @@ SETTINGS: list[tuple[list[str], str, set[str]]] = [
     ([], "labels.selection=random", FROM_TABLE),
     ([], "labels.seed=1", NONE),  # "top" draws nothing
     (["labels.selection=random"], "labels.seed=1", FROM_TABLE),
+    ([], "labels.selection=stratified", FROM_TABLE),
+    (["labels.selection=stratified"], "labels.seed=1", FROM_TABLE),
+    (["labels.selection=stratified"], "labels.selection_teacher=judge", NONE),  # the only teacher
+    ([], "labels.promote_above=3.5", FROM_TABLE),
+    (["labels.promote_above=3.5"], "labels.selection_teacher=judge", NONE),
+    ([], "labels.selection_teacher=judge", NONE),  # "top" reads no score
     ([], "labels.calibration.kind=zscore", FROM_TABLE),
     ([], "labels.calibration.scale=30.0", NONE),  # "raw" has no scale
     (["labels.calibration.kind=minmax"], "labels.calibration.scale=30.0", FROM_TABLE),
@@ -164,6 +175,7 @@ SETTINGS: list[tuple[list[str], str, set[str]]] = [
     ([], "run.threads=2", NONE),
     ([], "run.batch_tokens=64", NONE),
     ([], "run.shard_pairs=10", NONE),
+    ([], "run.shard_passages=10", NONE),
     ([], "run.fused_head=false", NONE),
     ([], "run.save_steps=5", NONE),
     ([], "run.log_level=DEBUG", NONE),
@@ -320,6 +332,18 @@ def test_keys_of_models_that_teach_are_those_they_have_always_been(place: Path) 
         "third": "89c2dd73d02ce41b",
     }
     assert key_of(table_fields(plan.recipe, "candidates", identities)) == "05869fe63c896d5c"
+
+
+def test_a_run_miners_file_decides_the_key_and_a_missing_one_is_named(place: Path) -> None:
+    mining = ["mining.fallback={kind = 'run', quota = 2, path = 'a.run'}"]
+    with pytest.raises(FileNotFoundError, match=r"a\.run: no such run file; expected TREC lines; check path of the miner of kind"):
+        keys(mining)
+    (place / "a.run").write_text("q00 Q0 bread-1 1 1.0 x\n", encoding="utf-8")
+    before = keys(mining)
+
+    (place / "a.run").write_text("q00 Q0 bread-1 1 2.0 x\n", encoding="utf-8")
+
+    assert changed_kinds(before, keys(mining)) == ALL
 
 
 def test_a_teacher_enters_a_students_key_by_the_table_alone(place: Path) -> None:

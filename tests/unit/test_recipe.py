@@ -218,7 +218,7 @@ def test_an_unknown_key_is_refused_with_its_place_and_the_nearest(refusal: Refus
         ),
         (
             COLLECTION + MINER + 'model = "m"\n' + TEACHER + STUDENT,
-            "[mining.miners.0] model = 'm' acts on kind = \"dense\" only; remove the key",
+            "[mining.miners.0] model = 'm' acts on kind = \"dense\" or \"sparse\" only; remove the key",
         ),
     ],
 )
@@ -239,7 +239,7 @@ def test_a_key_of_another_kind_is_refused_with_the_kinds_that_it_acts_on(refusal
         (COLLECTION + "[mining]\n" + TEACHER + STUDENT, "[mining] miners is missing; it has no default"),
         (
             COLLECTION + "[[mining.miners]]\nquota = 4\n" + TEACHER + STUDENT,
-            "[mining.miners.0] kind is missing; expected one of: bm25, dense",
+            "[mining.miners.0] kind is missing; expected one of: bm25, dense, sparse, run, random",
         ),
         (
             COLLECTION + MINER + '[[teachers]]\nname = "t"\n' + STUDENT,
@@ -284,13 +284,29 @@ def test_a_missing_key_is_named(refusal: Refusal, text: str, message: str) -> No
         ("teachers.t.name=a/b", "[teachers.0] name = 'a/b': string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$'"),
         ("run.device=1979-05-27", "[run] device = datetime.date(1979, 5, 27): input should be a valid string"),
         ("mining.miners.0.kind=bm52", "[mining.miners.0] kind = 'bm52' is not a known miner; did you mean bm25?"),
-        ("mining.miners.0.kind=sparse", "[mining.miners.0] kind = 'sparse' is not a known miner; expected one of: bm25, dense"),
-        ("mining.miners.0.kind=[1]", "[mining.miners.0] kind = [1] is not a known miner; expected one of: bm25, dense"),
+        (
+            "mining.miners.0.kind=colbert",
+            "[mining.miners.0] kind = 'colbert' is not a known miner; expected one of: bm25, dense, sparse, run, random",
+        ),
+        (
+            "mining.miners.0.kind=[1]",
+            "[mining.miners.0] kind = [1] is not a known miner; expected one of: bm25, dense, sparse, run, random",
+        ),
         ("teachers.t.kind=bm52", "[teachers.0] kind = 'bm52' is not a known teacher; did you mean bm25?"),
         (
             "teachers.t.kind=x",
             "[teachers.0] kind = 'x' is not a known teacher; expected one of: dense, cross-encoder, sparse, bm25, file",
         ),
+        ("mining.fallback={quota = 1}", "[mining.fallback] kind is missing; expected one of: bm25, dense, sparse, run, random"),
+        (
+            "mining.fallback={quota = 1, kind = 'rand'}",
+            "[mining.fallback] kind = 'rand' is not a known miner; did you mean random?",
+        ),
+        (
+            "mining.fallback={quota = 1, kind = 'random', skip = 1}",
+            "[mining.fallback] skip = 1 acts on kind = \"bm25\" or \"dense\" or \"sparse\" or \"run\" only; remove the key",
+        ),
+        ("mining.fallback={quota = 1, kind = 'run'}", "[mining.fallback] path is missing; it has no default"),
         ("mining.miners=[]", "[mining] miners = []: expected at least 1 item"),
         ("mining.miners=[1]", "[mining.miners] 0 = 1: expected a table"),
         ("mining.miners=bm25", "[mining] miners = 'bm25': expected a list of tables, e.g. [[mining.miners]]"),
@@ -366,6 +382,39 @@ def test_an_error_inside_a_list_is_reported_once(refusal: Refusal) -> None:
             "set one of them, or move the section to [labels.calibration]",
         ),
         (WHOLE, ["mining.filter.by=u"], "[mining.filter] by = 'u': expected 'miner' or one of the teachers ['t']"),
+        (
+            WHOLE,
+            ["mining.filter.min_positive=1.5"],
+            "[mining.filter] min_positive = 1.5 compares a teacher's scores, and by = 'miner'; set by to one of the teachers ['t']",
+        ),
+        (
+            WHOLE,
+            ["mining.fallback={kind = 'random', quota = 9, depth = 8}"],
+            "[mining.fallback] depth = 8 is less than skip + quota = 9: the quota can never be filled; raise depth",
+        ),
+        (
+            WHOLE,
+            ["mining.fallback={kind = 'run', quota = 9, path = 'x'}", "mining.filter.percentile=95.0"],
+            "[mining.filter] by = 'miner' beside a miner of kind = \"run\": a run file need not hold the positives' scores to "
+            "compare with; set by to one of the teachers ['t']",
+        ),
+        (
+            WHOLE,
+            ["labels.selection_teacher=u"],
+            "[labels] selection_teacher = 'u': expected one of the teachers ['t']",
+        ),
+        (
+            WHOLE + TEACHER.replace('"t"', '"u"'),
+            ["labels.promote_above=2.5"],
+            "[labels] promote_above = 2.5 compares one teacher's scores, and the recipe has 2: ['t', 'u']; "
+            "name one as selection_teacher",
+        ),
+        (
+            WHOLE + TEACHER.replace('"t"', '"u"'),
+            ["labels.selection=stratified"],
+            '[labels] selection = "stratified" covers one teacher\'s range of scores, and the recipe has 2: [\'t\', \'u\']; '
+            "name one as selection_teacher",
+        ),
         (
             WHOLE,
             ["mining.miners.bm25.skip=97"],

@@ -7,16 +7,16 @@ the same order; ``passage_id`` is called doc_id there. Reading back gives equal 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsekd.collection.reading import refusal, shown, text_lines
+from sparsekd.collection.reading import shown
+from sparsekd.collection.trec import read_run_scores
 
-_COLUMNS = ("query_id", "Q0", "doc_id", "rank", "score", "tag")
 # Columns are separated by whitespace, and trec_eval's C strings end at NUL.
 _NOT_IN_COLUMN = re.compile(r"[\s\x00]")
 
@@ -82,37 +82,7 @@ def read_trec_run(path: Path) -> dict[str, Ranking]:
     The score column decides the order and ties go by passage_id; the rank column is not read, as in trec_eval. Raises
     FileNotFoundError, and ValueError naming file and line for a malformed or repeated one.
     """
-    scores_by_query: dict[str, dict[str, float]] = {}
-    for line, query_id, passage_id, score in trec_run_lines(path):
-        scores = scores_by_query.setdefault(query_id, {})
-        if passage_id in scores:
-            found = f"doc_id {shown(passage_id)} again for query {shown(query_id)}"
-            raise refusal(path, line, found, "each passage once per query", "keep the better line")
-        scores[passage_id] = score
-    return {query_id: ranked(list(scores), list(scores.values())) for query_id, scores in scores_by_query.items()}
-
-
-def trec_run_lines(path: Path) -> Iterator[tuple[int, str, str, float]]:
-    """Yield (line number, query_id, doc_id, score) of a run file as it stands; ValueError at the first malformed line."""
-    for line, text in text_lines(path):
-        columns = text.split()
-        if len(columns) != len(_COLUMNS):
-            found = f"{len(columns)} columns in {shown(text)}"
-            raise refusal(path, line, found, f"{len(_COLUMNS)} ({' '.join(_COLUMNS)})", "correct the line")
-        query_id, _, passage_id, _, literal, _ = columns
-        yield line, query_id, passage_id, _score(path, line, literal)
-
-
-def _score(path: Path, line: int, literal: str) -> float:
-    try:
-        score = float(literal)
-    except ValueError:
-        score = np.nan
-    with np.errstate(over="ignore"):
-        is_finite = np.isfinite(np.float32(score))
-    if not is_finite:
-        raise refusal(path, line, f"score {shown(literal)}", "a finite float32", "correct the line")
-    return score
+    return {query_id: ranked(list(scores), list(scores.values())) for query_id, scores in read_run_scores(path).items()}
 
 
 def _refuse_whitespace(column: str, value: str) -> None:

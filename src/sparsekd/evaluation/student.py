@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from sparsekd.evaluation.measures import DEPTH
 from sparsekd.evaluation.runs import Ranking
-from sparsekd.mining.ranking import Positions, Scores, best_first, id_ranks
+from sparsekd.mining.ranking import to_ids
+from sparsekd.mining.sparse import SparseIndex
 from sparsekd.teachers.batching import BLOCK, forward_tokens, length_batches
 from sparsekd.teachers.progress import progress
 
@@ -31,7 +32,6 @@ Role = Literal["query", "passage"]
 
 _PROMPT_BY_ROLE = {"query": "query", "passage": "document"}  # the names encode_query and encode_document look up
 _BLOCK_ROWS = 256  # dense vectors at once: 31 MB at 30,522 terms; a batch of short queries would otherwise have a thousand
-_BLOCK_SCORES = 1 << 24  # scores of a block of queries over all passages: at most 8 bytes each, 134 MB
 
 
 def encode_csr(
@@ -78,16 +78,9 @@ def sparse_rankings(
             f"sparse search: vectors {shapes[0]} and {shapes[1]} for {expected[0]} query_ids and {expected[1]} passage_ids; "
             "expected one row each and one vocabulary"
         )
-    passages_VP = passage_csr.T.tocsr()  # once: a product with the transposed view would convert it for every block
-    id_rank = id_ranks(passage_ids)
-    block = max(1, _BLOCK_SCORES // max(1, len(passage_ids)))
-    rankings = {}
-    for start in range(0, len(query_ids), block):
-        scores_QP = query_csr[start : start + block] @ passages_VP
-        for row, query_id in enumerate(query_ids[start : start + block]):
-            part = slice(scores_QP.indptr[row], scores_QP.indptr[row + 1])
-            rankings[query_id] = _best(scores_QP.indices[part], scores_QP.data[part], id_rank, passage_ids, depth)
-    return rankings
+    positions_QK, scores_QK = SparseIndex(passage_csr, passage_ids).search_positions(query_csr, depth)
+    found = to_ids(positions_QK, scores_QK, passage_ids)
+    return {query_id: Ranking(ids, scores) for query_id, ids, scores in zip(query_ids, *found, strict=True)}
 
 
 def of_unit_length(vectors: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
@@ -114,12 +107,6 @@ def sparsity(query_csr: scipy.sparse.csr_matrix, passage_csr: scipy.sparse.csr_m
         "passage_active_dims": float(shares[1].sum()),
         "FLOPS": float(shares[0] @ shares[1]),
     }
-
-
-def _best(positions: Positions, scores: Scores, id_rank: Positions, passage_ids: Sequence[str], depth: int) -> Ranking:
-    is_match = scores > 0
-    best, best_scores = best_first(positions[is_match], scores[is_match], id_rank, depth)
-    return Ranking([passage_ids[position] for position in best.tolist()], best_scores)
 
 
 def _encoded_blocks(model: SparseEncoder, texts: Sequence[str], role: Role, batch_tokens: int) -> Iterator[scipy.sparse.csr_matrix]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd.collection.reading import json_arrays, json_objects, shown, text_lines
-from sparsekd.evaluation.runs import trec_run_lines
+from sparsekd.collection.trec import trec_run_lines
 from sparsekd.exchange.layouts import Layout
 from sparsekd.exchange.rows import Row, checked_id, checked_list, checked_score, checked_scores, checked_text, refused
 from sparsekd.exchange.score_dict import read_score_dict

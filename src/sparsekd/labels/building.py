@@ -19,7 +19,7 @@ from sparsekd.labels.calibration import effective_calibration
 from sparsekd.labels.combining import Scores, calibration_of, combined_scores, known_range, score_range, summarize
 from sparsekd.labels.contract import KIND, TABLE_VERSION, Contract, Kind, table_schema
 from sparsekd.labels.conversions import margins, triplet_ids, triplet_scores
-from sparsekd.labels.rows import GoldSim, Rows, filtering_teacher
+from sparsekd.labels.rows import GoldSim, Rows, filtering_teacher, reading_teachers, selecting_teacher
 from sparsekd.labels.score_table import ScoreTable
 from sparsekd.labels.vectors import (
     VectorSource,
@@ -29,10 +29,14 @@ from sparsekd.labels.vectors import (
     vector_teacher,
     vocabulary_digest,
 )
+from sparsekd.mining.selection import filter_fields
 from sparsekd.mining.shards import ROWS_PER_SHARD, write_shards
 from sparsekd.recipe import Recipe
 
 log = logging.getLogger(__name__)
+
+PROMOTED_FILE = "promoted.tsv"
+"""Beside the shards of a table whose recipe promotes candidates to positives: which ones they are."""
 
 
 def teacher_weights(recipe: Recipe) -> dict[str, float]:
@@ -53,10 +57,11 @@ def teacher_weights(recipe: Recipe) -> dict[str, float]:
 def scored_teachers(recipe: Recipe) -> list[str]:
     """Return the names of the teachers whose scores of every candidate the table asks for, in recipe order.
 
-    All of them where scores label, also those of weight 0, so that a change of weights calls none; else a filtering one only.
+    All of them where scores label, also those of weight 0, so that a change of weights calls none; else those that decide which
+    rows there are.
     """
     if recipe.labels.kind in ("none", "embedding"):
-        return [name for name in [filtering_teacher(recipe)] if name is not None]
+        return [teacher.name for teacher in recipe.teachers if teacher.name in reading_teachers(recipe)]
     return [teacher.name for teacher in recipe.teachers]
 
 
@@ -68,8 +73,8 @@ def table_folder(cache: Path, fields: Mapping[str, Any]) -> Path:
 def table_fields(recipe: Recipe, candidates_key: str, teacher_identities: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return everything that can change the table, for ``artifact.key_of``.
 
-    ``teacher_identities`` by name; those of teachers that neither label nor filter do not enter, nor do names, settings that do
-    not act (a seed under ``top``, a calibration where no score labels, triplets of one negative), or anything of training.
+    ``teacher_identities`` by name; those of teachers that neither label, filter nor select do not enter, nor do names, settings
+    that do not act (a seed under ``top``, a calibration where no score labels, triplets of one negative), or anything of training.
     """
     labels, filtering = recipe.labels, filtering_teacher(recipe)
     return {
@@ -78,11 +83,11 @@ def table_fields(recipe: Recipe, candidates_key: str, teacher_identities: Mappin
         "candidates": candidates_key,
         "kind": labels.kind,
         "num_negatives": labels.num_negatives,
-        "selection": {"kind": labels.selection} | ({"seed": labels.seed} if labels.selection == "random" else {}),
+        "selection": _selection_fields(recipe, teacher_identities),
         **_combination_fields(recipe, teacher_identities),
         "filter": None
         if filtering is None
-        else {**recipe.mining.filter.model_dump(exclude={"by"}), "identity": dict(teacher_identities[filtering])},
+        else {**filter_fields(recipe.mining.filter), "identity": dict(teacher_identities[filtering])},
         **({"layout": "triplets"} if _becomes_triplets(recipe) else {}),
     }
 
@@ -104,6 +109,17 @@ def _combination_fields(recipe: Recipe, teacher_identities: Mapping[str, Mapping
         **({"missing": labels.missing} if labels.missing != "require" and len(weights) > 1 else {}),
         **({"rescale": effective_calibration(labels.rescale, keys)} if labels.rescale.kind != "raw" else {}),
     }
+
+
+def _selection_fields(recipe: Recipe, teacher_identities: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What decides which candidates become negatives."""
+    labels, selecting = recipe.labels, selecting_teacher(recipe)
+    fields: dict[str, Any] = {"kind": labels.selection} | ({} if labels.selection == "top" else {"seed": labels.seed})
+    if labels.selection == "stratified":
+        fields["identity"] = dict(teacher_identities[selecting or ""])
+    if labels.promote_above is not None:
+        fields["promotion"] = {"above": labels.promote_above, "identity": dict(teacher_identities[selecting or ""])}
+    return fields
 
 
 def build_table(
@@ -140,12 +156,22 @@ def build_table(
         "summary": made.summary,
         "teachers": teacher_weights(recipe),
     }
+    if recipe.labels.promote_above is not None:
+        published["counts"]["positives_promoted"] = len(rows.promoted)
     folder = table_folder(cache, fields)
     with publish(folder, kind=KIND, fields=fields, extra=published) as temporary:
+        if recipe.labels.promote_above is not None:
+            _write_promoted(temporary / PROMOTED_FILE, rows)
         published["shards"] = write_shards(temporary, KIND, made.tables, -(-made.num_rows // ROWS_PER_SHARD))
     kind = recipe.labels.kind
     log.info("table %s: %d rows of kind %s, dropped %s, %s", folder.name, made.num_rows, kind, made.dropped, made.summary)
     return ScoreTable.open(folder)
+
+
+def _write_promoted(path: Path, rows: Rows) -> None:
+    """Mark the positives that nobody judged: tab-separated lines of query_id, passage_id and gold_sim, in the order of the rows."""
+    lines = [f"{query_id}\t{passage_id}\t{np.float32(score)!s}\n" for query_id, passage_id, score in rows.promoted]
+    path.write_text("query_id\tpassage_id\tgold_sim\n" + "".join(lines), encoding="utf-8", newline="\n")
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,13 @@ from typing import Any
 import pyarrow as pa
 
 from sparsekd.artifact import Artifact, IntegrityError, key_of
-from sparsekd.mining.selection import has_margin
+from sparsekd.mining.approximate import INDEX_VERSION
+from sparsekd.mining.selection import filter_fields
 from sparsekd.mining.shards import open_shards, read_shard
-from sparsekd.recipe import BM25Miner, DenseMiner, EncoderSpec, NegativeFilter, Recipe
+from sparsekd.recipe import DenseMiner, EncoderSpec, Miner, NegativeFilter, Recipe, RunMiner
 
+SHORTFALL_FILE = "shortfall.tsv"
+"""Lists the queries with fewer candidates than the quotas ask for, beside the shards: query_id, how many, how many are asked."""
 CANDIDATES_VERSION = 1
 """Raised when the same fields would give other candidates."""
 KIND = "candidates"
@@ -90,35 +93,43 @@ def candidates_folder(cache: Path, fields: Mapping[str, Any]) -> Path:
 
 
 def candidates_fields(
-    recipe: Recipe, collection_digest: Mapping[str, str], encoder_identities: Sequence[Mapping[str, Any]]
+    recipe: Recipe, collection_digest: Mapping[str, str], miner_identities: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Return everything that can change the candidates, for ``artifact.key_of``.
 
-    ``collection_digest`` digests ``COLLECTION_FILES``; ``encoder_identities`` are those of the dense miners, in recipe order,
-    and stand for model references, which may move. The filter enters only where the miners' own scores decide.
+    ``collection_digest`` digests ``COLLECTION_FILES``; ``miner_identities`` are those of the miners that have one
+    (``has_identity``), in the order asked, and stand for model references and paths, which may move. The filter enters where the
+    miners' own scores decide, and where texts do.
     """
     missing = [name for name in COLLECTION_FILES if name not in collection_digest]
     if missing:
         raise ValueError(f"candidates key: no digest of {missing[0]}; expected those of {', '.join(COLLECTION_FILES)}")
-    num_dense = sum(isinstance(miner, DenseMiner) for miner in recipe.mining.miners)
-    if num_dense != len(encoder_identities):
-        raise ValueError(f"candidates key: {len(encoder_identities)} encoder identities for {num_dense} dense miners")
-    identities = iter(encoder_identities)
+    mining, num_asked = recipe.mining, sum(has_identity(miner) for miner in recipe.mining.asked)
+    if num_asked != len(miner_identities):
+        raise ValueError(f"candidates key: {len(miner_identities)} identities for {num_asked} miners that have one")
+    identities = iter(miner_identities)
+    asked = [_miner_fields(miner, next(identities) if has_identity(miner) else None) for miner in mining.asked]
+    near_duplicate = mining.filter.near_duplicate
     return {
         "stage": KIND,
         "version": CANDIDATES_VERSION,
         "files": {name: collection_digest[name] for name in COLLECTION_FILES},
         "max_passages": recipe.collection.max_passages,
         "max_train_queries": recipe.collection.max_train_queries,
-        "max_positives": recipe.mining.max_positives,
-        "miners": [
-            _miner_fields(miner, next(identities) if isinstance(miner, DenseMiner) else None) for miner in recipe.mining.miners
-        ],
-        "filter": _filter_fields(recipe.mining.filter),
+        "max_positives": mining.max_positives,
+        "miners": asked[: len(mining.miners)],
+        "filter": _filter_fields(mining.filter),
+        **({} if near_duplicate is None else {"near_duplicate": near_duplicate}),
+        **({} if mining.fallback is None else {"fallback": asked[-1]}),
     }
 
 
-def miner_names(miners: Iterable[BM25Miner | DenseMiner]) -> list[str]:
+def has_identity(miner: Miner) -> bool:
+    """Whether a miner reads a model or a file, whose bytes its settings do not tell."""
+    return isinstance(miner, EncoderSpec | RunMiner)
+
+
+def miner_names(miners: Iterable[Miner]) -> list[str]:
     """Return what the miner column calls each miner: its kind, numbered from the second of a kind on.
 
     Names depend on the order within a kind only: bm25, dense, dense-2.
@@ -130,13 +141,18 @@ def miner_names(miners: Iterable[BM25Miner | DenseMiner]) -> list[str]:
     return names
 
 
-def _miner_fields(miner: BM25Miner | DenseMiner, identity: Mapping[str, Any] | None) -> dict[str, Any]:
+def _miner_fields(miner: Miner, identity: Mapping[str, Any] | None) -> dict[str, Any]:
+    if isinstance(miner, RunMiner):
+        return {**miner.model_dump(exclude={"path"}), "file": dict(identity or {})}
     if identity is None:
         return miner.model_dump()
-    return {**miner.model_dump(exclude=set(EncoderSpec.model_fields)), "encoder": dict(identity)}
+    fields = miner.model_dump(exclude={*EncoderSpec.model_fields, "index"})
+    if isinstance(miner, DenseMiner) and miner.index != "flat":
+        fields["index"] = {"kind": miner.index, "version": INDEX_VERSION}
+    return {**fields, "encoder": dict(identity)}
 
 
 def _filter_fields(negative_filter: NegativeFilter) -> dict[str, Any] | None:
-    if negative_filter.by != "miner" or not has_margin(negative_filter):
+    if negative_filter.by != "miner" or not negative_filter.reads_scores:
         return None
-    return negative_filter.model_dump(exclude={"by"})
+    return filter_fields(negative_filter)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -23,8 +24,9 @@ Similarity = Literal["dot", "cosine", "euclidean", "manhattan"]
 
 _DISTRIBUTIONS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss-gpu-cu11", "faiss-gpu-cu12")
 _QUERY_BLOCK = 1024
-_PASSAGE_BLOCK = 65_536
-_SLACK = 64  # ranks fetched beyond the depth: rounding moves a passage by a rank or two, duplicates by their number
+_PASSAGE_BLOCK = 4096  # rows copied in float64 at once: 13 MB at width 384
+SLACK = 64
+"""Ranks fetched beyond the depth: rounding moves a passage by a rank or two, duplicates by their number."""
 _ROUNDING = 1e-5  # of |q|·|p|: five times the float32 rounding seen in products of width 1024
 _GPU_WINDOW = 2048  # FAISS selects at most this many per query on a GPU
 
@@ -72,75 +74,116 @@ class DenseIndex:
         self._vectors = passage_vectors
         self._id_rank = id_ranks(passage_ids)
         self._index, self._on_gpu = _flat_index(passage_vectors.shape[1], similarity, device)
+        self._lengths_P = np.empty(len(passage_ids)) if similarity == "cosine" else None
         self._longest = self._add_blocks()
 
-    def search_positions(self, query_vectors: NDArray[np.float32], depth: int) -> tuple[Positions, Scores]:
-        """Return int32 [Q, K] positions and float32 [Q, K] scores, K = min(depth, P); no filler, every place is a passage."""
+    def search_positions(
+        self, query_vectors: NDArray[np.float32], depth: int, *, floors_Q: NDArray[np.float32] | None = None
+    ) -> tuple[Positions, Scores]:
+        """Return int32 [Q, K] positions and float32 [Q, K] scores, K = min(depth, P); no filler, every place is a passage.
+
+        With ``floors_Q`` passages that score below a query's floor are of no interest and may be left out, -1 in their places.
+        """
         if query_vectors.ndim != 2 or query_vectors.shape[1] != self._vectors.shape[1]:
             raise ValueError(
                 f"dense search: query vectors have shape {query_vectors.shape}, passages have width {self._vectors.shape[1]}; "
                 "both must come from the same encoder"
             )
-        if self._on_gpu and depth > _GPU_WINDOW - _SLACK:
-            limit = _GPU_WINDOW - _SLACK
-            raise ValueError(
-                f"dense search: depth {depth} on a GPU, where {limit} is the limit; lower it or use --set run.device=cpu"
-            )
+        if self._on_gpu:
+            check_window(depth, depth + SLACK)
         num_passages = len(self.passage_ids)
         depth = min(depth, num_passages)
-        window = min(num_passages, depth + _SLACK)
+        window = min(num_passages, depth + SLACK)
         positions_QK, scores_QK = empty_block(len(query_vectors), depth)
         for start in range(0, len(query_vectors), _QUERY_BLOCK):
             block = np.ascontiguousarray(query_vectors[start : start + _QUERY_BLOCK], dtype=np.float32)
-            lengths = _check_vectors(block, [f"query row {start + row}" for row in range(len(block))], self._similarity)
-            found, proposed = self._index.search(_unit(block, lengths) if self._similarity == "cosine" else block, window)
+            lengths = check_vectors(block, [f"query row {start + row}" for row in range(len(block))], self._similarity)
+            found, proposed = self._index.search(unit_vectors(block, lengths) if self._similarity == "cosine" else block, window)
             for row, query in enumerate(block):
-                hits = proposed[row]
-                if window < num_passages and not self._is_enough(found[row], depth, lengths[row]):
+                floor = -np.inf if floors_Q is None else float(floors_Q[start + row])
+                reaches = self._may_reach(found[row], floor, lengths[row])
+                is_near = self._may_reach(found[row], self._score_of(found[row, depth - 1]), lengths[row])
+                if window < num_passages and reaches[-1] and is_near[-1]:  # what lies outside may belong to the best
                     hits = np.arange(num_passages)
-                best = best_first(hits, self.pair_scores(query, hits), self._id_rank, depth)
-                positions_QK[start + row], scores_QK[start + row] = best
+                else:
+                    hits = proposed[row][reaches & is_near]
+                best, scores = best_first(hits, self.pair_scores(query, hits), self._id_rank, depth)
+                positions_QK[start + row, : len(best)], scores_QK[start + row, : len(best)] = best, scores
         return positions_QK, scores_QK
 
     def pair_scores(self, query_vector: NDArray[np.float32], positions: NDArray[Any]) -> Scores:
         """Return float32 [n]: the similarity of one query [D] to the passages at ``positions``, summed in float64."""
-        scores = np.empty(len(positions), dtype=np.float32)
-        query = query_vector.astype(np.float64)
-        for start in range(0, len(positions), _PASSAGE_BLOCK):
-            part = slice(start, start + _PASSAGE_BLOCK)
-            passages = np.asarray(self._vectors[positions[part]], dtype=np.float64)
-            if self._similarity == "euclidean":
-                scores[part] = -np.sqrt(((passages - query) ** 2).sum(axis=1))
-                continue
-            dots = (passages * query).sum(axis=1)
-            if self._similarity == "cosine":
-                dots /= np.sqrt((passages**2).sum(axis=1)) * np.sqrt((query**2).sum())
-            scores[part] = dots
-        return scores
+        return similarities(query_vector, self._vectors, positions, self._similarity, lengths_P=self._lengths_P)
 
-    def _is_enough(self, found: Scores, depth: int, length: float) -> bool:
-        """Whether no passage outside the window can belong to the best ``depth``, rounding considered."""
+    def _may_reach(self, found: Scores, floor: float, length: float) -> NDArray[np.bool_]:
+        """Which of FAISS's scores, best first, are at or above ``floor``, rounding considered."""
+        if floor == -np.inf:
+            return np.ones(len(found), dtype=np.bool_)
+        if self._similarity == "euclidean":
+            return found <= floor**2 + self._tolerance(length)
+        return found >= floor - self._tolerance(length)
+
+    def _score_of(self, found: np.float32) -> float:
+        """One of FAISS's scores in ours: it gives squared distances for euclidean."""
+        return -math.sqrt(max(0.0, float(found))) if self._similarity == "euclidean" else float(found)
+
+    def _tolerance(self, length: float) -> float:
+        """How far FAISS may be off in the difference of two of its scores."""
         spread = {"cosine": 1.0, "dot": length * self._longest, "euclidean": (length + self._longest) ** 2}[self._similarity]
-        # FAISS gives ascending squared distances for euclidean, descending products otherwise
-        return bool(abs(float(found[-1]) - float(found[depth - 1])) > 2 * _ROUNDING * spread)
+        return 2 * _ROUNDING * spread
 
     def _add_blocks(self) -> float:
         """Check and index all passages; return the greatest Euclidean length."""
         longest = 0.0
         for start in range(0, len(self._vectors), _PASSAGE_BLOCK):
             block = np.ascontiguousarray(self._vectors[start : start + _PASSAGE_BLOCK], dtype=np.float32)
-            lengths = _check_vectors(block, self.passage_ids[start : start + len(block)], self._similarity)
-            self._index.add(_unit(block, lengths) if self._similarity == "cosine" else block)
+            lengths = check_vectors(block, self.passage_ids[start : start + len(block)], self._similarity)
+            self._index.add(unit_vectors(block, lengths) if self._similarity == "cosine" else block)
             longest = max(longest, float(lengths.max()))
+            if self._lengths_P is not None:
+                self._lengths_P[start : start + len(block)] = euclidean_lengths(block)
         return longest
 
 
-def _flat_index(width: int, similarity: Similarity, device: str) -> tuple[Any, bool]:
-    """An empty exact index on the device asked for, and whether that is a GPU."""
-    faiss = load_faiss()
-    index = faiss.IndexFlatL2(width) if similarity == "euclidean" else faiss.IndexFlatIP(width)
+def similarities(
+    query_vector: NDArray[np.float32],
+    vectors: NDArray[np.float32],
+    positions: NDArray[Any],
+    similarity: Similarity,
+    *,
+    lengths_P: NDArray[np.float64] | None = None,
+) -> Scores:
+    """Return float32 [n]: the similarity of one query [D] to the rows of ``vectors`` [P, D] at ``positions``, summed in float64.
+
+    A pair's result depends on that pair alone. ``lengths_P``, known Euclidean lengths, save time under cosine.
+    """
+    scores = np.empty(len(positions), dtype=np.float32)
+    query = query_vector.astype(np.float64)
+    for start in range(0, len(positions), _PASSAGE_BLOCK):
+        part = slice(start, start + _PASSAGE_BLOCK)
+        passages = np.asarray(vectors[positions[part]], dtype=np.float64)
+        if similarity == "euclidean":
+            scores[part] = -np.sqrt(((passages - query) ** 2).sum(axis=1))
+            continue
+        dots = (passages * query).sum(axis=1)
+        if similarity == "cosine":
+            lengths = euclidean_lengths(passages) if lengths_P is None else lengths_P[positions[part]]
+            dots /= lengths * np.sqrt((query**2).sum())
+        scores[part] = dots
+    return scores
+
+
+def euclidean_lengths(vectors: NDArray[Any]) -> NDArray[np.float64]:
+    """Return float64 [n], each row's summed on its own, in one order."""
+    lengths: NDArray[np.float64] = np.sqrt((np.asarray(vectors, dtype=np.float64) ** 2).sum(axis=1))
+    return lengths
+
+
+def on_device(index: Any, device: str) -> tuple[Any, bool]:
+    """Return a FAISS index on the device asked for, and whether that is a GPU; ValueError for a GPU that FAISS cannot use."""
     if not device.startswith("cuda"):
         return index, False
+    faiss = load_faiss()
     num_gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
     number = int(device.partition(":")[2] or 0)
     if num_gpus == 0 or number >= num_gpus:
@@ -149,6 +192,22 @@ def _flat_index(width: int, similarity: Similarity, device: str) -> tuple[Any, b
             "use --set run.device=cpu, or install faiss-gpu in place of faiss-cpu: a fresh environment with make setup EXTRAS=gpu"
         )
     return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), number, index), True
+
+
+def check_window(depth: int, window: int) -> None:
+    """Raise ValueError if a GPU cannot select ``window`` passages per query, as ``depth`` asks for."""
+    if window > _GPU_WINDOW:
+        limit = depth + _GPU_WINDOW - window
+        raise ValueError(
+            f"dense search: depth {depth} on a GPU, where {limit} is the limit; lower it or use --set run.device=cpu"
+        )
+
+
+def _flat_index(width: int, similarity: Similarity, device: str) -> tuple[Any, bool]:
+    """An empty exact index on the device asked for, and whether that is a GPU."""
+    faiss = load_faiss()
+    index = faiss.IndexFlatL2(width) if similarity == "euclidean" else faiss.IndexFlatIP(width)
+    return on_device(index, device)
 
 
 def installed_faiss() -> list[str]:
@@ -182,8 +241,8 @@ def check_one_faiss(installed: Sequence[str]) -> None:
         )
 
 
-def _check_vectors(vectors: NDArray[np.float32], names: Sequence[str], similarity: Similarity) -> NDArray[np.float64]:
-    """Euclidean lengths [n] of finite vectors; ValueError naming the first that is not finite, or zero under cosine."""
+def check_vectors(vectors: NDArray[np.float32], names: Sequence[str], similarity: Similarity) -> NDArray[np.float64]:
+    """Return Euclidean lengths [n] of finite vectors; ValueError naming the first that is not finite, or zero under cosine."""
     lengths: NDArray[np.float64] = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
     bad = np.flatnonzero(~np.isfinite(lengths))
     if bad.size:
@@ -200,5 +259,6 @@ def _check_vectors(vectors: NDArray[np.float32], names: Sequence[str], similarit
     return lengths
 
 
-def _unit(vectors: NDArray[np.float32], lengths: NDArray[np.float64]) -> NDArray[np.float32]:
+def unit_vectors(vectors: NDArray[np.float32], lengths: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Return vectors [n, D] divided by their ``lengths`` [n], float32."""
     return (vectors / lengths[:, None]).astype(np.float32)

@@ -1,7 +1,6 @@
 """Runs the miners over the training queries and publishes what policy keeps.
 
-One miner at a time: its index is built, all queries searched, and the index freed, so memory holds one index and 8 bytes per
-query and rank of each miner. Vectors come from the caller, who owns encoders and their bank; no torch here.
+Each miner answers all queries before the next is asked (``rankings``); then policy goes through the queries, shard by shard.
 """
 
 from __future__ import annotations
@@ -9,24 +8,22 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from sparsekd.artifact import publish
 from sparsekd.collection.beir import Collection
-from sparsekd.mining.bm25 import BM25Index
-from sparsekd.mining.candidates import KIND, SCHEMA, Candidates, candidates_folder, miner_names
-from sparsekd.mining.dense import DenseIndex, Similarity
-from sparsekd.mining.ranking import NONE, Positions, Scores
-from sparsekd.mining.selection import REASONS, Candidate, Proposal, ceiling_of, has_margin, select_candidates
+from sparsekd.mining.candidates import KIND, SCHEMA, SHORTFALL_FILE, Candidates, candidates_folder, miner_names
+from sparsekd.mining.question import JudgedQuery, Question, Ranking, VectorSource
+from sparsekd.mining.ranking import NONE
+from sparsekd.mining.rankings import ranking_of
+from sparsekd.mining.selection import REASONS, Candidate, Proposal, select_candidates
 from sparsekd.mining.shards import ROWS_PER_SHARD, write_shards
-from sparsekd.recipe import BM25Miner, DenseMiner, Recipe
+from sparsekd.recipe import Miner, Mining, Recipe
 
 COUNTS = (
     "queries",
@@ -38,6 +35,7 @@ COUNTS = (
     "proposed",
     "kept",
     "shortfall",  # candidates the quotas ask for and nobody had
+    "filled_by_fallback",  # of the kept ones
     *REASONS,
 )
 """What the manifest counts; proposed = kept + every ``dropped_``."""
@@ -45,36 +43,17 @@ COUNTS = (
 log = logging.getLogger(__name__)
 
 
-class VectorSource(Protocol):
-    """Where dense miners get their vectors."""
-
-    def similarity(self, spec: DenseMiner) -> Similarity:
-        """Return the similarity the encoder was trained for."""
-        ...
-
-    def vectors(self, spec: DenseMiner, texts: Sequence[str], role: Literal["query", "passage"]) -> NDArray[np.float32]:
-        """Return float32 [n, D] in the order of ``texts``."""
-        ...
-
-
 @dataclass(frozen=True)
-class JudgedQuery:
-    """A training query: the positives that are scored, and all that are judged."""
+class _Shortfall:
+    """Queries with fewer candidates than the quotas ask for; filled as rows are made."""
 
-    query_id: str
-    positive_ids: list[str]
-    judged_ids: list[str]
+    wanted: int
+    kept_by_query: dict[str, int]
 
-
-@dataclass(frozen=True)
-class _Ranking:
-    """One miner's answer to all queries."""
-
-    miner: BM25Miner | DenseMiner
-    name: str
-    positions_QK: Positions
-    scores_QK: Scores
-    ceilings_Q: NDArray[np.float64]
+    def write(self, path: Path) -> None:
+        """Write query_id, candidates, wanted: tab-separated, in the order of the rows."""
+        lines = [f"{query_id}\t{kept}\t{self.wanted}\n" for query_id, kept in self.kept_by_query.items()]
+        path.write_text("query_id\tcandidates\twanted\n" + "".join(lines), encoding="utf-8", newline="\n")
 
 
 def mine_candidates(
@@ -92,15 +71,16 @@ def mine_candidates(
     judgement names an unknown query or passage, or nothing at all is kept.
     """
     judged, counts = judged_queries(recipe, collection)
-    rankings = [
-        _ranking(miner, name, judged, collection, recipe, source)
-        for miner, name in zip(recipe.mining.miners, miner_names(recipe.mining.miners), strict=True)
-    ]
+    question, asked = Question(recipe, collection, judged, source), recipe.mining.asked
+    rankings = [ranking_of(miner, name, question) for miner, name in zip(asked, miner_names(asked), strict=True)]
     folder = candidates_folder(cache, fields)
     published: dict[str, Any] = dict(extra or {})
     with publish(folder, kind=KIND, fields=fields, extra=published) as temporary:
-        tables = _tables(judged, rankings, collection, counts)
+        published["miners"] = {ranking.name: ranking.facts for ranking in rankings if ranking.facts}
+        short = _Shortfall(wanted=sum(miner.quota for miner in recipe.mining.miners), kept_by_query={})
+        tables = _tables(judged, rankings, collection, recipe.mining, counts, short)
         published["shards"] = write_shards(temporary, "candidates", tables, -(-len(judged) // ROWS_PER_SHARD))
+        short.write(temporary / SHORTFALL_FILE)
         published["counts"] = dict(sorted(counts.items()))
         if counts["kept"] == 0:
             raise ValueError(
@@ -147,69 +127,34 @@ def _grade_then_hash(grades: Mapping[str, int]) -> Any:
     return lambda passage_id: (-grades[passage_id], hashlib.sha256(passage_id.encode("utf-8")).digest())
 
 
-def _ranking(
-    miner: BM25Miner | DenseMiner,
-    name: str,
-    judged: Sequence[JudgedQuery],
-    collection: Collection,
-    recipe: Recipe,
-    source: VectorSource,
-) -> _Ranking:
-    """Search all queries with one miner, and score their positives where its filter needs them."""
-    queries = [collection.queries[query.query_id] for query in judged]
-    if isinstance(miner, BM25Miner):
-        bm25 = BM25Index(collection.passages, miner.k1, miner.b)
-        block = bm25.search_positions(queries, miner.depth)
-        ceilings = _ceilings(recipe, judged, collection, lambda row, places: bm25.pair_scores(queries[row], places))
-    else:
-        passages = source.vectors(miner, list(collection.passages.values()), "passage")
-        similarity, device = source.similarity(miner), recipe.run.device
-        dense = DenseIndex(passages, list(collection.passages), similarity=similarity, device=device)
-        vectors = source.vectors(miner, queries, "query")
-        block = dense.search_positions(vectors, miner.depth)
-        ceilings = _ceilings(recipe, judged, collection, lambda row, places: dense.pair_scores(vectors[row], places))
-    log.info("miner %s: %d queries over %d passages, depth %d", name, len(queries), len(collection.passages), miner.depth)
-    return _Ranking(miner, name, *block, ceilings)
-
-
-def _ceilings(
-    recipe: Recipe,
-    judged: Sequence[JudgedQuery],
-    collection: Collection,
-    pair_scores: Callable[[int, Positions], Scores],
-) -> NDArray[np.float64]:
-    """float64 [Q]: the score above which this miner's proposals are likely false negatives; infinity without such a filter."""
-    ceilings_Q = np.full(len(judged), np.inf)
-    negative_filter = recipe.mining.filter
-    if negative_filter.by != "miner" or not has_margin(negative_filter):
-        return ceilings_Q
-    position_by_id = {passage_id: position for position, passage_id in enumerate(collection.passages)}
-    for row, query in enumerate(judged):
-        positions = np.array([position_by_id[passage_id] for passage_id in query.positive_ids], dtype=np.int32)
-        ceilings_Q[row] = ceiling_of(float(pair_scores(row, positions).min()), negative_filter)
-    return ceilings_Q
-
-
 def _tables(
-    judged: Sequence[JudgedQuery], rankings: Sequence[_Ranking], collection: Collection, counts: Counter[str]
+    judged: Sequence[JudgedQuery],
+    rankings: Sequence[Ranking],
+    collection: Collection,
+    mining: Mining,
+    counts: Counter[str],
+    short: _Shortfall,
 ) -> Iterator[pa.Table]:
-    """Yield one table per shard, adding to ``counts`` as rows are made."""
-    passage_ids = list(collection.passages)
-    wanted = sum(ranking.miner.quota for ranking in rankings)
+    """Yield one table per shard, adding to ``counts`` and ``short`` as rows are made."""
+    passage_ids, fallback = list(collection.passages), mining.fallback
     for start in range(0, len(judged), ROWS_PER_SHARD):
         rows = []
         for number, query in enumerate(judged[start : start + ROWS_PER_SHARD], start):
-            proposals = [_proposal(ranking, number, passage_ids) for ranking in rankings]
-            kept, reasons = select_candidates(proposals, query.judged_ids, collection.passages)
+            proposals = [_proposal(ranking, number, passage_ids, fallback) for ranking in rankings]
+            kept, reasons = select_candidates(
+                proposals, query.judged_ids, collection.passages, near_duplicate=mining.filter.near_duplicate
+            )
             counts.update(reasons)
-            counts["shortfall"] += wanted - len(kept)
-            counts["queries_short"] += len(kept) < wanted
+            counts["shortfall"] += short.wanted - len(kept)
+            counts["queries_short"] += len(kept) < short.wanted
             counts["queries_empty"] += not kept
+            if len(kept) < short.wanted:
+                short.kept_by_query[query.query_id] = len(kept)
             rows.append(_row(query, kept))
         yield pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-def _proposal(ranking: _Ranking, number: int, passage_ids: Sequence[str]) -> Proposal:
+def _proposal(ranking: Ranking, number: int, passage_ids: Sequence[str], fallback: Miner | None) -> Proposal:
     positions = ranking.positions_QK[number]
     found = positions != NONE
     return Proposal(
@@ -219,6 +164,7 @@ def _proposal(ranking: _Ranking, number: int, passage_ids: Sequence[str]) -> Pro
         passage_ids=[passage_ids[position] for position in positions[found].tolist()],
         scores=ranking.scores_QK[number][found].tolist(),
         ceiling=float(ranking.ceilings_Q[number]),
+        is_fallback=ranking.miner is fallback,
     )
 
 

@@ -42,6 +42,21 @@ def empty_block(num_queries: int, depth: int) -> tuple[Positions, Scores]:
     return np.full((num_queries, depth), NONE, dtype=np.int32), np.zeros((num_queries, depth), dtype=np.float32)
 
 
+def merged(
+    left: tuple[Positions, Scores], right: tuple[Positions, Scores], id_rank: Positions, depth: int
+) -> tuple[Positions, Scores]:
+    """Return the ``depth`` best of two blocks over different passages of one collection, in the one order; fillers go last.
+
+    What one search over all of the passages would give, if each block holds the best ``depth`` of its own.
+    """
+    positions_QK = np.concatenate((left[0], right[0]), axis=1)
+    scores_QK = np.concatenate((left[1], right[1]), axis=1)
+    is_filler = positions_QK == NONE
+    rank_QK = np.where(is_filler, np.iinfo(np.int32).max, id_rank[positions_QK])
+    order = np.lexsort((rank_QK, np.where(is_filler, np.inf, -scores_QK)), axis=-1)[:, :depth]
+    return np.take_along_axis(positions_QK, order, axis=1), np.take_along_axis(scores_QK, order, axis=1)
+
+
 def to_ids(positions_QK: Positions, scores_QK: Scores, passage_ids: Sequence[str]) -> tuple[list[list[str]], list[Scores]]:
     """Return each query's passage_ids and float32 scores, without the filler."""
     ids, scores = [], []

@@ -5,18 +5,22 @@ Unknown keys are refused with the nearest known one. Imports no torch; loading c
 """
 
 from sparsekd.recipe.loading import load_recipe as load_recipe
-from sparsekd.recipe.sections import BM25Miner as BM25Miner
+from sparsekd.recipe.mining import BM25Miner as BM25Miner
+from sparsekd.recipe.mining import DenseMiner as DenseMiner
+from sparsekd.recipe.mining import Miner as Miner
+from sparsekd.recipe.mining import Mining as Mining
+from sparsekd.recipe.mining import NegativeFilter as NegativeFilter
+from sparsekd.recipe.mining import RandomMiner as RandomMiner
+from sparsekd.recipe.mining import RunMiner as RunMiner
+from sparsekd.recipe.mining import SparseMiner as SparseMiner
+from sparsekd.recipe.section import EncoderSpec as EncoderSpec
 from sparsekd.recipe.sections import BM25Teacher as BM25Teacher
 from sparsekd.recipe.sections import Budget as Budget
 from sparsekd.recipe.sections import Calibration as Calibration
 from sparsekd.recipe.sections import Collection as Collection
-from sparsekd.recipe.sections import DenseMiner as DenseMiner
-from sparsekd.recipe.sections import EncoderSpec as EncoderSpec
 from sparsekd.recipe.sections import Evaluation as Evaluation
 from sparsekd.recipe.sections import FileTeacher as FileTeacher
 from sparsekd.recipe.sections import Labels as Labels
-from sparsekd.recipe.sections import Mining as Mining
-from sparsekd.recipe.sections import NegativeFilter as NegativeFilter
 from sparsekd.recipe.sections import Recipe as Recipe
 from sparsekd.recipe.sections import Run as Run
 from sparsekd.recipe.sections import Student as Student

@@ -11,18 +11,15 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sparsekd.overrides import apply_override
+from sparsekd.recipe.mining import BM25Miner, DenseMiner, Mining, NegativeFilter, RandomMiner, RunMiner, SparseMiner
 from sparsekd.recipe.sections import (
-    BM25Miner,
     BM25Teacher,
     Budget,
     Calibration,
     Collection,
-    DenseMiner,
     Evaluation,
     FileTeacher,
     Labels,
-    Mining,
-    NegativeFilter,
     Recipe,
     Run,
     Student,
@@ -87,7 +84,8 @@ def _explain(problem: Mapping[str, Any]) -> str:
 def _explain_tag(problem: Mapping[str, Any]) -> str:
     """Explain a miner or teacher whose ``kind`` is missing or unknown."""
     section, found = ".".join(_place(problem["loc"])), problem["input"].get("kind")
-    what, kinds = problem["loc"][-2].removesuffix("s"), list(_kinds_of(problem["loc"]))
+    what = "miner" if problem["loc"][0] == "mining" else "teacher"
+    kinds = list(_kinds_of((*problem["loc"], "kind")))
     if problem["type"] == "union_tag_not_found":
         return f"[{section}] kind is missing; expected one of: {', '.join(kinds)}"
     return f"[{section}] kind = {found!r} is not a known {what}; {_hint(str(found), kinds)}"
@@ -98,8 +96,16 @@ def _hint(word: str, known: Sequence[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"expected one of: {', '.join(known)}"
 
 
+_MINERS: dict[str, type[BaseModel]] = {
+    "bm25": BM25Miner,
+    "dense": DenseMiner,
+    "sparse": SparseMiner,
+    "run": RunMiner,
+    "random": RandomMiner,
+}
 _KINDS: dict[str, dict[str, type[BaseModel]]] = {
-    "miners": {"bm25": BM25Miner, "dense": DenseMiner},
+    "miners": _MINERS,
+    "fallback": _MINERS,
     "teachers": {"dense": Teacher, "cross-encoder": Teacher, "sparse": Teacher, "bm25": BM25Teacher, "file": FileTeacher},
 }
 _MODELS: dict[str, type[BaseModel]] = {
@@ -121,7 +127,7 @@ _MODELS: dict[str, type[BaseModel]] = {
 def _place(location: Sequence[str | int]) -> list[str]:
     """Return the location without the tag (its kind) that pydantic puts after an item's position: no place in the file."""
     parts = [str(part) for part in location]
-    tag = {("mining", "miners"): 3, ("teachers",): 2}
+    tag = {("mining", "miners"): 3, ("mining", "fallback"): 2, ("teachers",): 2}
     place = next((place for section, place in tag.items() if parts[: len(section)] == [*section]), len(parts))
     return parts[:place] + parts[place + 1 :]
 

@@ -68,14 +68,40 @@ def check_names(recipe: Recipe) -> None:
         raise ValueError("[labels] weights has no positive weight; give at least one teacher a weight above 0")
     if recipe.mining.filter.by not in ("miner", *names):
         raise ValueError(f"[mining.filter] by = {recipe.mining.filter.by!r}: expected 'miner' or one of the teachers {names}")
+    if recipe.mining.filter.min_positive is not None and recipe.mining.filter.by == "miner":
+        raise ValueError(
+            f"[mining.filter] min_positive = {recipe.mining.filter.min_positive:g} compares a teacher's scores, and by = 'miner'; "
+            f"set by to one of the teachers {names}"
+        )
+    runs = [miner for miner in recipe.mining.asked if miner.kind == "run"]
+    if runs and recipe.mining.filter.by == "miner" and recipe.mining.filter.reads_scores:
+        raise ValueError(
+            "[mining.filter] by = 'miner' beside a miner of kind = \"run\": a run file need not hold the positives' scores to "
+            f"compare with; set by to one of the teachers {names}"
+        )
+    selecting = recipe.labels.selection_teacher
+    if selecting is not None and selecting not in names:
+        raise ValueError(f"[labels] selection_teacher = {selecting!r}: expected one of the teachers {names}")
+    if selecting is None and len(names) > 1:
+        if recipe.labels.selection == "stratified":
+            raise ValueError(
+                '[labels] selection = "stratified" covers one teacher\'s range of scores, and the recipe has '
+                f"{len(names)}: {names}; name one as selection_teacher"
+            )
+        if recipe.labels.promote_above is not None:
+            raise ValueError(
+                f"[labels] promote_above = {recipe.labels.promote_above:g} compares one teacher's scores, and the recipe has "
+                f"{len(names)}: {names}; name one as selection_teacher"
+            )
 
 
 def check_candidates_fill_rows(recipe: Recipe) -> None:
     """Raise ValueError if the miners' quotas and depths can never give a row its negatives."""
-    for position, miner in enumerate(recipe.mining.miners):
+    for position, miner in enumerate(recipe.mining.asked):
         if miner.depth < miner.skip + miner.quota:
+            where = f"miners.{position}" if position < len(recipe.mining.miners) else "fallback"
             raise ValueError(
-                f"[mining.miners.{position}] depth = {miner.depth} is less than skip + quota = {miner.skip + miner.quota}: "
+                f"[mining.{where}] depth = {miner.depth} is less than skip + quota = {miner.skip + miner.quota}: "
                 "the quota can never be filled; raise depth"
             )
     proposed = sum(miner.quota for miner in recipe.mining.miners)

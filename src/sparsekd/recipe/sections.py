@@ -1,19 +1,17 @@
-"""The sections of a recipe as frozen pydantic models: the only home of defaults."""
+"""The sections of a recipe as frozen pydantic models: with `mining.py`, the only home of defaults."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from sparsekd.recipe import ensembles, rules
+from sparsekd.recipe.mining import Mining
+from sparsekd.recipe.section import EncoderSpec
+from sparsekd.recipe.section import Section as _Section
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-
-
-class _Section(BaseModel):
-    # allow_inf_nan: TOML has both, and nothing here means anything with either.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Collection(_Section):
@@ -26,73 +24,6 @@ class Collection(_Section):
     Makes retrieval easier, so figures compare only at equal values. None keeps all."""
     max_train_queries: int | None = Field(default=None, ge=1)
     """Train on this many queries, those of smallest sha256(query_id). None trains on all."""
-
-
-class EncoderSpec(_Section):
-    """A dense bi-encoder: what decides its vectors."""
-
-    model: str = Field(min_length=1)
-    """Hub id with optional ``@revision``, local folder, or ``package:NAME`` (a model inside an installed package)."""
-    max_length: int | None = Field(default=None, ge=2)
-    """Tokens per text, special tokens included; None takes the model's own limit."""
-    query_prompt: str = ""
-    """Text put before each query."""
-    passage_prompt: str = ""
-    """Text put before each passage."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the model's weights and arithmetic; scores are stored as float32 whatever it is."""
-    trust_remote_code: bool = False
-    """Run Python code shipped inside the model folder."""
-
-
-class BM25Miner(_Section):
-    """Proposes passages by BM25 (Lucene variant, Porter stemmer)."""
-
-    kind: Literal["bm25"]
-    quota: int = Field(ge=1)
-    """Candidates this miner contributes per query, after positives and duplicates are taken out."""
-    depth: int = Field(default=100, ge=1)
-    """Passages retrieved per query, from which the quota is filled in rank order."""
-    skip: int = Field(default=0, ge=0)
-    """Leading ranks left out: the likeliest unjudged positives."""
-    k1: float = Field(default=0.9, gt=0)
-    """Term-frequency saturation; 0.9 is Anserini's default."""
-    b: float = Field(default=0.4, ge=0, le=1)
-    """Length normalisation; 0.4 is Anserini's default."""
-
-
-class DenseMiner(EncoderSpec):
-    """Proposes passages by exact search (FAISS flat index) over a bi-encoder's vectors, in its own similarity."""
-
-    kind: Literal["dense"]
-    quota: int = Field(ge=1)
-    """Candidates this miner contributes per query, after positives and duplicates are taken out."""
-    depth: int = Field(default=100, ge=1)
-    """Passages retrieved per query, from which the quota is filled in rank order."""
-    skip: int = Field(default=0, ge=0)
-    """Leading ranks left out: the likeliest unjudged positives."""
-
-
-class NegativeFilter(_Section):
-    """Takes out likely false negatives by comparing each candidate with the query's weakest positive."""
-
-    by: str = "miner"
-    """Whose scores decide: ``miner`` (the one that proposed the candidate) or a teacher's name."""
-    absolute_margin: float | None = Field(default=None, ge=0)
-    """Drop a candidate scoring above positive − margin."""
-    relative_margin: float | None = Field(default=None, ge=0)
-    """Drop a candidate scoring above positive − margin × |positive|; the absolute value keeps it right for logits below 0."""
-
-
-class Mining(_Section):
-    """Which passages become candidates for each training query."""
-
-    miners: tuple[Annotated[BM25Miner | DenseMiner, Field(discriminator="kind")], ...] = Field(min_length=1, strict=False)
-    """Asked in order; a passage proposed twice counts for the first."""
-    filter: NegativeFilter = NegativeFilter()
-    """Positive-aware filter; without margins it drops nothing."""
-    max_positives: int | None = Field(default=None, ge=1)
-    """Positives scored per query, highest grade first, then smallest sha256(passage_id). None takes all."""
 
 
 class Teacher(EncoderSpec):
@@ -175,15 +106,21 @@ class Labels(_Section):
     """``list``: one row per query with all its negatives. ``triplets``: one row per (query, positive, negative)."""
     num_negatives: int = Field(default=4, ge=0)
     """Negatives per row; a query with fewer kept candidates is dropped and counted, never padded. 0 is for ``none``: pairs."""
-    selection: Literal["top", "random"] = "top"
-    """``top`` interleaves the miners by rank; ``random`` draws seeded per query id."""
+    selection: Literal["top", "random", "stratified"] = "top"
+    """``top`` interleaves the miners by rank; ``random`` draws seeded per query id; ``stratified`` draws one negative from each of
+    num_negatives equal bands of the candidates' gold_sim (arXiv 2604.04734)."""
     seed: int = 0
-    """Seed of random selection."""
+    """Seed of the draws."""
+    selection_teacher: str | None = None
+    """Teacher whose raw gold_sim ``stratified`` covers and ``promote_above`` compares. None takes the recipe's only teacher."""
+    promote_above: float | None = None
+    """Candidates with at least this raw gold_sim become positives, a row each, and no negatives: judgements are incomplete. The
+    scale is the teacher's, so there is no default; they are counted and listed, and set no filter's ceiling."""
     calibration: Calibration = Calibration()
     """Applied to each teacher before they are combined."""
-    calibrations: dict[str, Calibration] = {}
+    calibrations: dict[str, Calibration] = Field(default={})
     """Calibration per teacher name, instead of ``calibration``, for those that are named."""
-    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
     """Weight per teacher name, every teacher named; empty means every teacher equally."""
     combine: Literal["mean", "sum"] = "mean"
     """``mean`` divides the weighted sum of the teachers' calibrated scores by the sum of the weights; ``sum`` takes it as it is."""
@@ -355,6 +292,9 @@ class Run(_Section):
     """Tokens per forward pass when encoding and scoring."""
     shard_pairs: int = Field(default=20_000, ge=1)
     """Pairs (or texts) scored between two commits to the bank: the most a crash can lose."""
+    shard_passages: int = Field(default=20_000, ge=1)
+    """Passages whose vectors a miner searches at once, so that no collection is larger than memory: 8 bytes a dim with FAISS's own
+    copy, 61 MB at width 384."""
     fused_head: bool = True
     """Compute the SPLADE head block by block; off runs sentence-transformers' own module."""
     packed: bool = True

@@ -33,16 +33,23 @@ class WordVectors:
     WORDS = ("cat", "cats", "dog", "dogs", "garden", "gardens", "mat", "markets", "monday", "the")
 
     def __init__(self, similarity: str = "dot") -> None:
-        self.asked: list[str] = []
+        self.asked: list[tuple[str, int]] = []
         self._similarity: Any = similarity
 
     def similarity(self, spec: Any) -> Any:
         return self._similarity
 
     def vectors(self, spec: Any, texts: Sequence[str], role: Any) -> NDArray[np.float32]:
-        self.asked.append(role)
+        self.asked.append((role, len(texts)))
         counts = [[text.split().count(word) + 0.1 for word in self.WORDS] for text in texts]
         return np.array(counts, dtype=np.float32)
+
+    def sparse_vectors(self, spec: Any, texts: Sequence[str], role: Any) -> Any:
+        import scipy.sparse
+
+        self.asked.append((role, len(texts)))
+        counts = [[text.split().count(word) for word in self.WORDS] for text in texts]
+        return scipy.sparse.csr_matrix(np.array(counts, dtype=np.float32))
 
 
 @pytest.fixture

@@ -49,6 +49,8 @@ def key(recipe: Any, digest: dict[str, str] = DIGEST, encoder: dict[str, str] = 
         ("miners.1.skip", 1),
         ("filter.absolute_margin", 2.0),
         ("filter.relative_margin", 0.1),
+        ("filter.percentile", 95.0),
+        ("filter.near_duplicate", 0.9),
         ("max_positives", 2),
     ],
 )
@@ -92,8 +94,61 @@ def test_a_filter_by_a_teacher_does_not_enter_the_key(make_recipe: Any) -> None:
     assert key(by_teacher) == key(unfiltered) != key(make_recipe(MINING))
 
 
+def test_keys_of_candidates_are_those_they_have_always_been(make_recipe: Any) -> None:
+    # As computed when there were margins, BM25 and exact dense search only; a change orphans every candidates folder there is.
+    assert key(make_recipe(MINING)) == "99b8cc3d46d37e66"
+    assert key(make_recipe({"miners": MINING["miners"]})) == "05225c28bf683ad2"
+
+
+RANDOM = {"kind": "random", "quota": 2}
+RUN = {"kind": "run", "quota": 2, "path": "a.run"}
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"quota": 3}, {"depth": 7}])
+def test_a_setting_of_a_random_miner_and_of_a_fallback_changes_the_key(make_recipe: Any, change: dict[str, int]) -> None:
+    def keys(miner: dict[str, Any]) -> list[str]:
+        alone = make_recipe({"miners": [miner]})
+        last = make_recipe({**MINING, "fallback": miner})
+        return [key_of(candidates_fields(alone, DIGEST, [])), key(last), key(make_recipe(MINING))]
+
+    before, after = keys(RANDOM), keys({**RANDOM, **change})
+
+    assert len({*before, *after}) == 5  # what has no fallback keeps its key
+
+
+def test_a_runs_bytes_change_the_key_and_its_path_does_not(make_recipe: Any) -> None:
+    def run_key(miner: dict[str, Any], digest: str) -> str:
+        return key_of(candidates_fields(make_recipe({"miners": [miner]}), DIGEST, [{"sha256": digest}]))
+
+    assert run_key(RUN, "abc") == run_key({**RUN, "path": "elsewhere/b.run"}, "abc")
+    assert len({run_key(RUN, "abc"), run_key(RUN, "xyz"), run_key({**RUN, "skip": 1}, "abc")}) == 3
+
+
+def test_another_kind_of_index_changes_the_key_and_flat_is_what_there_always_was(make_recipe: Any) -> None:
+    kinds = ["flat", "ivf-flat", "ivf-pq", "hnsw"]
+
+    keys = [key(make_recipe(changed("miners.1.index", kind))) for kind in kinds]
+
+    assert keys[0] == key(make_recipe(MINING))
+    assert len({*keys}) == 4
+
+
+def test_a_sparse_miners_model_changes_the_key(make_recipe: Any) -> None:
+    recipe = make_recipe({"miners": [{"kind": "sparse", "quota": 2, "model": "some/student"}]})
+    moved = make_recipe({"miners": [{"kind": "sparse", "quota": 2, "model": "/elsewhere"}]})
+
+    assert key(recipe) == key(moved) != key(recipe, encoder={"weights": "xyz"})
+
+
+def test_near_duplicates_enter_the_key_whoever_scores(make_recipe: Any) -> None:
+    by_teacher = {"by": "judge", "absolute_margin": 1.0}
+    near = {**by_teacher, "near_duplicate": 0.9}
+
+    assert key(make_recipe(changed("filter", near))) != key(make_recipe(changed("filter", by_teacher)))
+
+
 def test_an_encoder_without_identity_or_a_file_without_digest_is_refused(make_recipe: Any) -> None:
-    with pytest.raises(ValueError, match="0 encoder identities for 1 dense miners"):
+    with pytest.raises(ValueError, match="0 identities for 1 miners that have one"):
         candidates_fields(make_recipe(MINING), DIGEST, [])
     with pytest.raises(ValueError, match=r"no digest of corpus\.jsonl"):
         candidates_fields(make_recipe(MINING), {}, [ENCODER])

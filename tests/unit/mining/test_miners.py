@@ -22,10 +22,15 @@ FIELDS = {"made": "for a test"}
 @pytest.fixture
 def mine(tmp_path: Path, collection: Collection, make_recipe: Any, word_vectors: Any) -> Callable[..., Candidates]:
     def run(
-        mining: dict[str, Any], *, over: Collection = collection, similarity: str = "dot", name: str = "cache"
+        mining: dict[str, Any],
+        *,
+        over: Collection = collection,
+        similarity: str = "dot",
+        name: str = "cache",
+        path: Path = Path("somewhere"),
     ) -> Candidates:
-        source = word_vectors(similarity)
-        return mine_candidates(make_recipe(mining), over, cache=tmp_path / name, fields=FIELDS, source=source)
+        recipe = make_recipe(mining, collection={"path": str(path)})
+        return mine_candidates(recipe, over, cache=tmp_path / name, fields=FIELDS, source=word_vectors(similarity))
 
     return run
 
@@ -86,6 +91,43 @@ def test_the_filter_compares_with_the_weakest_positive_of_the_same_miner(
         assert row.passage_ids == [other for other in free[query_id].passage_ids if score(query_id, other) <= ceiling]
 
 
+def test_a_percentile_compares_with_all_positives_of_the_same_miner(mine: Any, collection: Collection, word_vectors: Any) -> None:
+    def score(query_id: str, passage_id: str) -> float:
+        texts = [collection.queries[query_id], collection.passages[passage_id]]
+        query, passage = word_vectors().vectors(None, texts, "query").astype(np.float64)
+        return float(query @ passage)
+
+    miners = {"miners": [{**DENSE, "quota": 6}]}
+    free = by_query(mine(miners, name="free"))
+    filtered = by_query(mine({**miners, "filter": {"percentile": 60.0}}, name="filtered"))
+
+    positives = [score(query_id, passage_id) for query_id, row in free.items() for passage_id in row.positive_ids]
+    ceiling = np.percentile(positives, 60)
+    dropped = 0
+    for query_id, row in filtered.items():
+        assert row.passage_ids == [other for other in free[query_id].passage_ids if score(query_id, other) <= ceiling]
+        dropped += len(free[query_id].passage_ids) - len(row.passage_ids)
+    assert dropped > 0
+
+
+def test_near_duplicates_of_positives_are_taken_out_and_counted(mine: Any) -> None:
+    free = mine({"miners": [BM25, DENSE]}, name="free")
+    filtered = mine({"miners": [BM25, DENSE], "filter": {"near_duplicate": 0.5}}, name="filtered")
+
+    assert filtered.counts["dropped_near_duplicate"] > free.counts["dropped_near_duplicate"] == 0
+    assert "p1" in by_query(free)["q1"].passage_ids  # "a cat and a dog"; q1's positive is "a dog and a garden"
+    assert "p1" not in by_query(filtered)["q1"].passage_ids
+
+
+def test_queries_with_too_few_candidates_are_listed_beside_the_shards(mine: Any) -> None:
+    candidates = mine({"miners": [BM25, DENSE]})
+
+    lines = (candidates.artifact.folder / "shortfall.tsv").read_text("utf-8").splitlines()
+    short = {query_id: len(row.passage_ids) for query_id, row in by_query(candidates).items() if len(row.passage_ids) < 5}
+    assert lines == ["query_id\tcandidates\twanted", *(f"{query_id}\t{kept}\t5" for query_id, kept in short.items())]
+    assert len(short) == candidates.counts["queries_short"] > 0
+
+
 def test_a_filter_by_a_teacher_drops_nothing_while_mining(mine: Any) -> None:
     free = mine({"miners": [BM25, DENSE]}, name="free")
     later = mine({"miners": [BM25, DENSE], "filter": {"by": "judge", "absolute_margin": 9.0}}, name="later")
@@ -111,6 +153,107 @@ def test_mining_twice_gives_equal_bytes(mine: Any) -> None:
     first, second = mine({"miners": [BM25, DENSE]}, name="first"), mine({"miners": [BM25, DENSE]}, name="second")
 
     assert first.artifact.manifest == second.artifact.manifest
+
+
+RANDOM = {"kind": "random", "quota": 3, "depth": 9}
+
+
+def test_random_candidates_are_a_draw_seeded_per_query(mine: Any, collection: Collection) -> None:
+    more = replace(
+        collection,
+        queries={"new": "cats in the city", **collection.queries},
+        qrels={"train": {"new": {"p5": 1}, **collection.qrels["train"]}},
+    )
+
+    rows, again = by_query(mine({"miners": [RANDOM]}, name="1")), by_query(mine({"miners": [RANDOM]}, name="2", over=more))
+    others = by_query(mine({"miners": [{**RANDOM, "seed": 1}]}, name="3"))
+
+    again.pop("new")
+    assert rows == again != others
+    for row in rows.values():
+        assert len(row.passage_ids) == 3
+        assert not {*row.positive_ids} & {*row.passage_ids}
+        assert row.miner == ["random"] * 3
+        assert row.miner_score == [0.0] * 3
+
+
+def test_random_draws_reach_every_passage_and_no_passage_twice(mine: Any, collection: Collection) -> None:
+    queries = {f"q{number}": "cat" for number in range(300)}
+    over = replace(collection, queries=queries, qrels={"train": {query_id: {"p0": 1} for query_id in queries}})
+
+    rows = by_query(mine({"miners": [{**RANDOM, "quota": 2, "depth": 5}]}, over=over)).values()
+
+    drawn = [passage_id for row in rows for passage_id in row.passage_ids]
+    assert {*drawn} == {*collection.passages} - {"p0", "p3"}  # p3 has the text of p0
+    assert all(50 <= drawn.count(passage_id) <= 150 for passage_id in ("p1", "p4", "p5", "p6", "p8"))
+    assert all(len({*row.passage_ids}) == len(row.passage_ids) for row in rows)
+
+
+def test_a_fallback_fills_queries_that_fall_short_and_is_counted(mine: Any) -> None:
+    free = mine({"miners": [BM25]}, name="free")
+    filled = mine({"miners": [BM25], "fallback": {**RANDOM, "quota": 9}}, name="filled")
+
+    assert (free.counts["queries_empty"], free.counts["filled_by_fallback"]) == (1, 0)
+    assert filled.counts["queries_short"] == filled.counts["shortfall"] == 0
+    assert filled.counts["filled_by_fallback"] == free.counts["shortfall"] > 0
+    for query_id, row in by_query(free).items():
+        after = by_query(filled)[query_id]
+        assert after.passage_ids[: len(row.passage_ids)] == row.passage_ids
+        assert after.miner == [*row.miner, *["random"] * (3 - len(row.miner))]
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Return ``run_file(lines)``: a miner over a file of ``query passage score`` lines, and a collection's files beside it."""
+    folder = tmp_path / "collection"
+    folder.mkdir()
+    for name, ids in (("corpus", [*(f"p{number}" for number in range(9)), "p-left-out"]), ("queries", ["q0", "q-of-no-split"])):
+        (folder / f"{name}.jsonl").write_text("".join(f'{{"_id": "{each}", "text": "x"}}\n' for each in ids), "utf-8")
+
+    def make(*lines: str) -> dict[str, Any]:
+        path = tmp_path / "a.run"
+        rows = [line.split() for line in lines]
+        text = "".join(f"{query} Q0 {passage} 1 {score} tag\n" for query, passage, score in rows)
+        path.write_text(text, encoding="utf-8")
+        return {"kind": "run", "path": str(path), "quota": 2, "depth": 4}
+
+    return make
+
+
+def test_a_runs_lines_are_ranked_by_score_then_passage_id(mine: Any, run_file: Any) -> None:
+    candidates = mine({"miners": [run_file("q1 p5 1.5", "q1 p2 3", "q0 p5 0.5", "q1 p0 3", "q1 p6 9")]})
+
+    rows = by_query(candidates)
+    assert rows["q1"] == CandidateRow("q1", ["p6"], ["p0", "p2"], ["run"] * 2, [3.0, 3.0], [2, 3])  # p6 is judged
+    assert rows["q0"].passage_ids == ["p5"]
+    assert rows["q2"].passage_ids == []
+    assert candidates.artifact.manifest["miners"] == {"run": {"lines_outside": 0, "queries_without_lines": 2}}
+
+
+def test_lines_of_what_the_recipe_leaves_out_are_counted(mine: Any, run_file: Any, tmp_path: Path, make_recipe: Any) -> None:
+    miner = run_file("q0 p5 0.5", "q0 p-left-out 9", "q-of-no-split p1 3")
+
+    candidates = mine({"miners": [miner]}, path=tmp_path / "collection")
+
+    assert by_query(candidates)["q0"].passage_ids == ["p5"]
+    assert candidates.artifact.manifest["miners"]["run"]["lines_outside"] == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("q0 p99 1", r"a\.run:2: found doc_id 'p99', expected an _id of .*corpus\.jsonl; make the run over this collection"),
+        ("q99 p1 1", r"a\.run:2: found query_id 'q99', expected an _id of .*queries\.jsonl; make the run over this collection"),
+        ("q0 p1 high", r"a\.run:2: found score 'high'"),
+    ],
+)
+def test_a_run_that_names_an_unknown_id_is_refused_with_file_and_line(
+    mine: Any, run_file: Any, tmp_path: Path, line: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        mine({"miners": [run_file("q0 p5 1", line)]}, path=tmp_path / "collection")
+
+    assert not candidates_folder(tmp_path / "cache", FIELDS).exists()
 
 
 def test_rows_are_cut_into_shards(mine: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
-from sparsekd.mining.selection import REASONS, Candidate, Proposal, ceiling_of, has_margin, select_candidates
+from sparsekd.mining.selection import (
+    REASONS,
+    Candidate,
+    Proposal,
+    ceiling_of,
+    filter_fields,
+    percentile_limit,
+    select_candidates,
+)
 from sparsekd.recipe import NegativeFilter
 
 TEXTS = {letter: f"text of {letter}" for letter in "abcdefghij"} | {"b2": "text of b", "c2": "text of c"}
@@ -50,6 +59,31 @@ def test_a_passage_proposed_twice_counts_for_the_first_miner_and_the_second_fill
         ("c", "dense", 3),
     ]
     assert counts["dropped_duplicate_candidate"] == 1
+
+
+def test_the_fallback_fills_what_the_quotas_ask_for_and_nobody_had() -> None:
+    proposals = [proposal("ab", quota=3), proposal("bc", miner="dense", quota=2)]
+    fallback = proposal("cdefgh", miner="random", quota=9, is_fallback=True)
+
+    kept, counts = select_candidates([*proposals, fallback], [], TEXTS)
+
+    assert [(candidate.passage_id, candidate.miner) for candidate in kept] == [
+        ("a", "bm25"),
+        ("b", "bm25"),
+        ("c", "dense"),
+        ("d", "random"),
+        ("e", "random"),
+    ]
+    assert counts["filled_by_fallback"] == 2
+    assert counts["proposed"] == counts["kept"] + sum(counts[reason] for reason in REASONS)
+
+
+def test_the_fallback_gives_no_more_than_its_own_quota_and_nothing_where_nothing_is_missing() -> None:
+    short = [proposal("a", quota=4), proposal("bcdef", quota=2, is_fallback=True)]
+    full = [proposal("a", quota=1), proposal("bcdef", quota=2, is_fallback=True)]
+
+    assert kept_ids(*short) == ["a", "b", "c"]
+    assert kept_ids(*full) == ["a"]
 
 
 def test_a_text_is_kept_once() -> None:
@@ -105,4 +139,52 @@ def test_the_ceiling_lies_below_the_positive_whatever_its_sign(
     negative_filter = NegativeFilter(**settings)  # type: ignore[arg-type]
 
     assert ceiling_of(positive, negative_filter) == ceiling
-    assert has_margin(negative_filter) is bool(settings)
+    assert negative_filter.reads_scores is bool(settings)
+
+
+def test_the_percentiles_score_is_a_ceiling_beside_the_margins() -> None:
+    negative_filter = NegativeFilter(percentile=50.0, absolute_margin=1.0)
+    limit = percentile_limit(np.array([1.0, 2.0, 4.0, 9.0], dtype=np.float32), negative_filter)
+
+    assert limit == 3.0
+    assert ceiling_of(9.0, negative_filter, limit) == 3.0
+    assert ceiling_of(2.0, negative_filter, limit) == 1.0
+
+
+@pytest.mark.parametrize("percentile", [0.0, 12.5, 95.0, 100.0])
+def test_that_share_of_the_positives_lies_at_or_below_the_limit(percentile: float) -> None:
+    scores = np.random.default_rng(3).normal(size=801).astype(np.float32)
+
+    limit = percentile_limit(scores, NegativeFilter(percentile=percentile))
+
+    assert (scores <= limit).mean() == pytest.approx(percentile / 100, abs=2 / 801)
+
+
+def test_without_a_percentile_there_is_no_limit() -> None:
+    assert percentile_limit(np.ones(3, dtype=np.float32), NegativeFilter()) == float("inf")
+
+
+def test_settings_that_are_not_set_stay_out_of_keys() -> None:
+    assert filter_fields(NegativeFilter(absolute_margin=1.0)) == {"absolute_margin": 1.0, "relative_margin": None}
+    assert filter_fields(NegativeFilter(by="t", min_positive=-1.0, near_duplicate=0.9)) == {
+        "absolute_margin": None,
+        "relative_margin": None,
+        "min_positive": -1.0,
+    }
+
+
+def test_a_near_duplicate_of_any_positive_is_dropped_and_counted() -> None:
+    texts = {
+        "x": "The cat sat on the mat.",
+        "y": "stock markets fell on monday morning in warsaw after the news",
+        "a": "the  CAT sat on the mat",
+        "b": "stock markets fell on monday morning in warsaw after news",
+        "c": "the mat",
+    }
+
+    kept, counts = select_candidates([proposal("abc")], ["x", "y"], texts, near_duplicate=0.9)
+    free, _ = select_candidates([proposal("abc")], ["x", "y"], texts)
+
+    assert [candidate.passage_id for candidate in kept] == ["c"]
+    assert counts["dropped_near_duplicate"] == 2
+    assert [candidate.passage_id for candidate in free] == ["a", "b", "c"]
