@@ -49,7 +49,9 @@ def export_table(
         place = _collection_of(table) if collection is None else collection
         fields["collection"] = _checked_digest(table, place)
         queries, passages = read_texts(place)
-    contract = {"kind": table.kind, "teachers": table.teachers, "calibration": table.calibration}
+    contract: dict[str, Any] = {"kind": table.kind, "teachers": table.teachers, "calibration": table.calibration}
+    if table.contract.rescale is not None:
+        contract["rescale"] = dict(table.contract.rescale)
     extra: dict[str, Any] = {**provenance(()), "labels": contract}
     staged = target.parent / temporary_name(target.name)
     try:

@@ -172,10 +172,15 @@ def _score_by_pair(table: ScoreTable) -> dict[str, dict[str, float]]:
             if known.setdefault(passage_id, label) != label:
                 raise ValueError(
                     f"{table.artifact.folder}: query {shown(query_id)}, passage {shown(passage_id)} is labelled "
-                    f"{known[passage_id]} in one row and {label} in another (calibration {table.calibration}, taken row by row); "
+                    f"{known[passage_id]} in one row and {label} in another (calibration {_calibration(table)}, taken row by row); "
                     "this layout holds one score per pair: export a layout of rows, or a table of another calibration"
                 )
     return scores
+
+
+def _calibration(table: ScoreTable) -> Any:
+    """What acted on all teachers' scores, or on each teacher's in order."""
+    return table.calibration or [teacher.get("calibration") for teacher in table.teachers]
 
 
 def _plain(ids: Iterable[str]) -> Callable[[str], str | int]:

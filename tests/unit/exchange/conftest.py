@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,14 @@ from sparsekd.teachers.identity import file_identity
 
 @pytest.fixture(scope="session")
 def make_table(tmp_path_factory: pytest.TempPathFactory, sample_folder: Path) -> Callable[..., ScoreTable]:
-    """Return ``make(loss, **labels)``: the table of those labels, one positive and 2 negatives a row."""
+    """Return ``make(loss, teachers, **labels)``: the table of those labels, one positive and 2 negatives a row."""
     cache = tmp_path_factory.mktemp("tables")
 
-    def make(loss: str = "SparseMarginMSELoss", **labels: Any) -> ScoreTable:
+    def make(loss: str = "SparseMarginMSELoss", teachers: Sequence[dict[str, Any]] = (), **labels: Any) -> ScoreTable:
         document = {
             "collection": {"path": str(sample_folder)},
             "mining": {"miners": [{"kind": "bm25", "quota": 5}]},
-            "teachers": [{"name": "lexical", "kind": "bm25"}],
+            "teachers": [{"name": "lexical", "kind": "bm25"}, *teachers],
             "labels": {"num_negatives": 2, **labels},
             "student": {"model": "some/student"},
             "training": {"loss": loss},

@@ -560,6 +560,18 @@ def test_labels_that_differ_from_row_to_row_are_no_single_scores(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_each_teachers_own_calibration_is_named_where_labels_differ(
+    run: Run, make_table: Callable[..., ScoreTable], tmp_path: Path
+) -> None:
+    own = {"lexical": {"kind": "minmax"}, "short": {"kind": "raw"}}
+    folder = make_table(teachers=[{"name": "short", "kind": "bm25", "b": 0.9}], calibrations=own).artifact.folder
+
+    result = run("export", "trec-run", folder, tmp_path / "out")
+
+    assert result.exit_code == 2
+    assert "(calibration [{'kind': 'minmax', 'scale': 1.0}, {'kind': 'raw'}], taken row by row)" in result.stderr
+
+
 def test_a_target_that_exists_is_kept_unless_told_and_is_an_export(run: Run, table: ScoreTable, tmp_path: Path) -> None:
     folder, out = table.artifact.folder, tmp_path / "out"
     assert run("export", "colbert", folder, out).exit_code == 0

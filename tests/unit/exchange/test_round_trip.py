@@ -241,6 +241,15 @@ def test_an_export_says_what_it_was_made_from(run: Run, table: ScoreTable, tmp_p
     assert manifest["labels"] == {"kind": "score_list", "teachers": table.teachers, "calibration": {"kind": "raw"}}
 
 
+def test_an_export_says_that_scores_were_rescaled(run: Run, make_table: Callable[..., ScoreTable], tmp_path: Path) -> None:
+    rescaled = make_table(rescale={"kind": "zscore", "scale": 2.0})
+
+    labels = read_manifest(exported(run, "colbert", rescaled, tmp_path / "out"))["labels"]
+
+    assert labels["rescale"] == {"kind": "zscore", "scale": 2.0}
+    assert labels["calibration"] == {"kind": "raw"}
+
+
 def test_the_same_table_gives_the_same_bytes(run: Run, table: ScoreTable, tmp_path: Path) -> None:
     for layout in LAYOUTS.values():
         first, second = (exported(run, layout.name, table, tmp_path / f"{layout.name}-{number}") for number in (1, 2))
