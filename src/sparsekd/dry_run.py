@@ -10,7 +10,7 @@ import numpy as np
 from sparsekd.artifact import key_of, nearest
 from sparsekd.bank.scores import ScoreBank
 from sparsekd.labels.banked import BankedScores
-from sparsekd.labels.building import scored_teachers
+from sparsekd.labels.building import incomplete_teachers, scored_teachers
 from sparsekd.labels.rows import filter_pairs
 from sparsekd.mining.approximate import describe_parameters, index_parameters
 from sparsekd.mining.candidates import Candidates, miner_names
@@ -70,14 +70,15 @@ def _pairs(plan: Plan) -> list[str]:
     collection = plan.collection
     bank = ScoreBank(plan.cache / "bank")
     scores = {name: bank.open(plan.teacher_identities[name]) for name in scored_teachers(plan.recipe)}
-    from_file = {teacher.name for teacher in plan.recipe.teachers if isinstance(teacher, FileTeacher)}
+    from_file = {teacher.name: "each an error" for teacher in plan.recipe.teachers if isinstance(teacher, FileTeacher)}
+    from_file |= {name: "left to the other teachers" for name in incomplete_teachers(plan.recipe)}
     lines = []
     if plan.hit("candidates", plan.candidates_fields):
         query_ids, passage_ids = filter_pairs(Candidates.open(plan.folder("candidates", plan.candidates_fields)))
         banked = BankedScores(collection, scores)
         for name in scores:
             known = int(np.isfinite(banked(name, query_ids, passage_ids)).sum())
-            lines.append(_line(name, len(query_ids), str(known), len(query_ids) - known, name in from_file))
+            lines.append(_line(name, len(query_ids), str(known), len(query_ids) - known, from_file.get(name)))
         return lines
     num_queries = len(collection.qrels.get("train", {}))
     positives = sum(sum(grade >= 1 for grade in grades.values()) for grades in collection.qrels.get("train", {}).values())
@@ -85,13 +86,13 @@ def _pairs(plan: Plan) -> list[str]:
     for name, teacher_scores in scores.items():
         stored = teacher_scores.num_pairs
         banked_words = f"unknown until mined ({stored} in the teacher's bank)"
-        lines.append(_line(name, wanted, banked_words, wanted, name in from_file))
+        lines.append(_line(name, wanted, banked_words, wanted, from_file.get(name)))
     return lines
 
 
-def _line(teacher: str, wanted: int, banked: str, to_score: int, is_from_file: bool) -> str:
-    if is_from_file:
-        cost = f"at most {to_score} not imported, each an error" if to_score else "all imported"
+def _line(teacher: str, wanted: int, banked: str, to_score: int, if_not_imported: str | None) -> str:
+    if if_not_imported:
+        cost = f"at most {to_score} not imported, {if_not_imported}" if to_score else "all imported"
         return f"teacher {teacher}: pairs wanted {wanted}, already banked {banked}, {cost}"
     megabytes = to_score * _BYTES_PER_PAIR / 1e6
     cost = f"to score at most {to_score}, disk about {megabytes:.1f} MB"

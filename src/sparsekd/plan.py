@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd.artifact import Artifact, find, key_of
+from sparsekd.bank.scores import ScoreBank
 from sparsekd.collection.beir import Collection, collection_digest, read_collection
-from sparsekd.labels.building import table_fields
+from sparsekd.labels.building import incomplete_teachers, table_fields
 from sparsekd.mining.candidates import COLLECTION_FILES, candidates_fields, has_identity
 from sparsekd.mining.run_file import run_identity
 from sparsekd.recipe import BM25Teacher, DenseMiner, FileTeacher, Miner, Recipe, RunMiner, SparseMiner, Teacher
@@ -72,7 +73,12 @@ class Plan:
     @cached_property
     def table_fields(self) -> dict[str, Any]:
         """What decides the score table."""
-        return table_fields(self.recipe, key_of(self.candidates_fields), self.teacher_identities)
+        fields = table_fields(self.recipe, key_of(self.candidates_fields), self.teacher_identities)
+        incomplete = incomplete_teachers(self.recipe)
+        if incomplete:  # a later import fills gaps that other teachers' scores fill now
+            identities, bank = [self.teacher_identities[name] for name in incomplete], ScoreBank(self.cache / "bank")
+            fields["imported"] = {key_of(identity): bank.open(identity).content for identity in identities}
+        return fields
 
     @cached_property
     def untrained_fields(self) -> dict[str, Any]:

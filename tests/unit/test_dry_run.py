@@ -200,3 +200,91 @@ def test_an_index_that_cannot_be_trained_is_refused_by_the_plan(plan_of: Callabl
 
     with pytest.raises(ValueError, match=r"passages are too few to train it, it needs 2,496 .*use index = \"flat\""):
         describe_plan(plan, ("candidates",))
+
+
+TOGETHER = """
+[collection]
+path = "collection"
+[[mining.miners]]
+kind = "bm25"
+quota = 4
+[[mining.miners]]
+kind = "dense"
+model = "dense"
+quota = 2
+[[mining.miners]]
+kind = "run"
+path = "theirs.run"
+quota = 2
+[[mining.miners]]
+kind = "sparse"
+model = "sparse"
+quota = 2
+[mining.fallback]
+kind = "random"
+quota = 3
+[mining.filter]
+by = "lexical"
+relative_margin = 0.05
+percentile = 95
+min_positive = 0.1
+near_duplicate = 0.9
+[[teachers]]
+name = "judge"
+kind = "cross-encoder"
+model = "model"
+[[teachers]]
+name = "dense"
+kind = "dense"
+model = "dense"
+[[teachers]]
+name = "sparse"
+kind = "sparse"
+model = "sparse"
+[[teachers]]
+name = "lexical"
+kind = "bm25"
+[[teachers]]
+name = "them"
+kind = "file"
+imported = "ensemble"
+[labels]
+selection = "stratified"
+selection_teacher = "lexical"
+promote_above = 20.0
+combine = "sum"
+missing = "renormalize"
+weights = { judge = 1.0, dense = 0.5, sparse = 0.5, lexical = 0.0, them = 2.0 }
+calibrations = { them = { kind = "affine", reference = "lexical" }, judge = { kind = "percentile" } }
+[labels.calibration]
+kind = "minmax"
+[labels.rescale]
+kind = "zscore"
+scale = 10.0
+[student]
+model = "model"
+[run]
+cache = "cache"
+"""
+
+
+def test_a_recipe_that_asks_for_everything_is_planned_without_making_anything(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(TOGETHER, encoding="utf-8")
+    for kind, name in (("SentenceTransformer", "dense"), ("SparseEncoder", "sparse")):
+        folder = Path(shutil.copytree(tmp_path / "model", tmp_path / name))
+        (folder / "modules.json").write_text("[]", encoding="utf-8")
+        (folder / "config_sentence_transformers.json").write_text(f'{{"model_type": "{kind}"}}', encoding="utf-8")
+    collection = read_collection(tmp_path / "collection")
+    (tmp_path / "theirs.run").write_text(f"{next(iter(collection.qrels['train']))} Q0 bread-1 1 2.5 them\n", encoding="utf-8")
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    text = describe_plan(plan_of(), KINDS)
+
+    judged = collection.qrels["train"].values()
+    wanted = sum(grade >= 1 for grades in judged for grade in grades.values()) + len(judged) * 10
+    for name in ("judge", "dense", "sparse", "lexical"):
+        assert f"teacher {name}: pairs wanted {wanted}, " in text
+    assert line_of(text, "teacher them:").endswith(f"at most {wanted} not imported, left to the other teachers")
+    assert text.splitlines()[-1] == "order of work: candidates -> tables -> students -> evaluations"
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert line_of(describe_plan(plan_of("labels.missing=require"), KINDS), "teacher them:").endswith("each an error")

@@ -64,6 +64,11 @@ class TeacherScores:
         """Stored pairs now; pairs that racing writers stored twice count twice until compaction."""
         return self._store.manifest().num_rows
 
+    @property
+    def content(self) -> list[str]:
+        """Names of the segments, which are digests of their bytes: other scores have others, compacted ones too."""
+        return sorted(entry.name for entry in self._store.manifest().segments)
+
     def lookup(self, query_keys: Words, passage_keys: Words) -> GoldSim:
         """Return gold_sim float32 [n] of the pairs (query_keys[i], passage_keys[i]), NaN where it is not banked.
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from sparsekd.artifact import key_of, publish
 from sparsekd.labels.calibration import effective_calibration
-from sparsekd.labels.combining import Scores, calibration_of, combined_scores, known_range, score_range, summarize
+from sparsekd.labels.combining import Scores, calibration_of, combined_scores, known_range, references_of, score_range, summarize
 from sparsekd.labels.contract import KIND, TABLE_VERSION, Contract, Kind, table_schema
 from sparsekd.labels.conversions import margins, triplet_ids, triplet_scores
 from sparsekd.labels.rows import GoldSim, Rows, filtering_teacher, reading_teachers, selecting_teacher
@@ -31,7 +31,7 @@ from sparsekd.labels.vectors import (
 )
 from sparsekd.mining.selection import filter_fields
 from sparsekd.mining.shards import ROWS_PER_SHARD, write_shards
-from sparsekd.recipe import Recipe
+from sparsekd.recipe import FileTeacher, Recipe
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,19 @@ def scored_teachers(recipe: Recipe) -> list[str]:
     if recipe.labels.kind in ("none", "embedding"):
         return [teacher.name for teacher in recipe.teachers if teacher.name in reading_teachers(recipe)]
     return [teacher.name for teacher in recipe.teachers]
+
+
+def incomplete_teachers(recipe: Recipe) -> list[str]:
+    """Return the names of the teachers whose imported scores may lack pairs, in recipe order.
+
+    With ``missing = "renormalize"`` and another teacher to take over the weight: those that label or give a reference. What reads
+    scores to choose rows needs them all.
+    """
+    weights = teacher_weights(recipe)
+    if recipe.labels.missing != "renormalize" or len(weights) < 2:
+        return []
+    names = {*weights, *references_of(recipe.labels, weights)}.difference(reading_teachers(recipe))
+    return [teacher.name for teacher in recipe.teachers if isinstance(teacher, FileTeacher) and teacher.name in names]
 
 
 def table_folder(cache: Path, fields: Mapping[str, Any]) -> Path:

@@ -68,7 +68,8 @@ class FileTeacher(_Section):
     """How recipes, logs and metrics call it; enters no score key."""
     kind: Literal["file"]
     imported: str = Field(pattern=NAME)
-    """The ``--name`` the scores were imported under; a pair that they lack is an error, never 0 and never a mean."""
+    """The ``--name`` the scores were imported under; a pair that they lack is an error, or by ``[labels] missing`` left to
+    the other teachers: never 0, never a mean."""
     fields: dict[str, str] = Field(default={})
     """Every ``--field`` they were imported under; together with the name, their identity. None by default."""
 
@@ -126,7 +127,8 @@ class Labels(_Section):
     """``mean`` divides the weighted sum of the teachers' calibrated scores by the sum of the weights; ``sum`` takes it as it is."""
     missing: Literal["require", "renormalize"] = "require"
     """A pair that a teacher of the mix has not scored: ``require`` refuses it; ``renormalize`` shares that teacher's weight out
-    among those that have, in proportion to theirs. A pair that none has scored is refused always."""
+    among those that have, in proportion to theirs; so imported scores may lack pairs, but not those of a teacher that filters or
+    selects. A pair that none has scored is refused always."""
     rescale: Calibration = Calibration()
     """Applied to the combined scores, over the whole table: raw, zscore or affine; SPLADE-v3's recipe is affine to a reference."""
 

@@ -1,6 +1,7 @@
 """Imported scores as a teacher: what the bank holds under a stated identity, and nothing else. Imports no torch.
 
-It scores no pair. One that was not imported is an error that says how many there are: never 0, never a mean.
+It scores no pair. Those that were not imported are an error that says how many there are (never 0, never a mean), unless the
+recipe lets other teachers take their weight.
 """
 
 from __future__ import annotations

@@ -15,41 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import Stemmer
-from typer.testing import CliRunner
 
-from sparsekd.cli import app
 from sparsekd.experiment import Experiment, candidates, score_table, student
 from sparsekd.labels.banked import BankedScores
 from sparsekd.labels.rows import filter_pairs
 from sparsekd.labels.score_table import ScoreTable
-from sparsekd.plan import Plan
-from sparsekd.recipe import Recipe
 
 Make = Callable[..., Experiment]
-
-
-@pytest.fixture
-def make_experiment(
-    tmp_path: Path, sample_folder: Path, tiny_splade_folder: Path, tiny_encoder_folder: Path, tiny_masked_lm_folder: Path
-) -> Make:
-    """Return ``make(labels, loss, ...)`` over the sample collection, a sparse teacher and a dense one."""
-
-    def make(labels: dict[str, Any], loss: str = "SparseMarginMSELoss", **sections: Any) -> Experiment:
-        document: dict[str, Any] = {
-            "collection": {"path": str(sample_folder)},
-            "mining": {"miners": [{"kind": "bm25", "quota": 3}]},
-            "teachers": [
-                {"name": "splade", "kind": "sparse", "model": str(tiny_splade_folder)},
-                {"name": "dense", "kind": "dense", "model": str(tiny_encoder_folder)},
-            ],
-            "labels": {"num_negatives": 2, **labels},
-            "student": {"model": str(tiny_masked_lm_folder), "max_length": 32},
-            "training": {"loss": loss},
-            "run": {"cache": str(tmp_path / "cache"), "threads": 1},
-        }
-        return Experiment(Plan(Recipe.model_validate({**document, **sections})))
-
-    return make
 
 
 def files(experiment: Experiment) -> set[str]:
@@ -335,62 +307,6 @@ def test_a_bm25_teacher_filters_candidates(make_experiment: Make) -> None:
 
     assert table.counts["candidates_dropped_filter"] > 0
     assert files(experiment) == {"scores"}
-
-
-def import_run(experiment: Experiment, keep: slice, sign: float = 1.0) -> None:
-    """Import scores of the candidates' pairs under the name ``ensemble``, by the command line: the place of each pair, signed."""
-    pairs = list(zip(*filter_pairs(candidates(experiment)), strict=True))
-    run = experiment.plan.cache.parent / "ensemble.run"
-    lines = [f"{query} Q0 {passage} 1 {sign * place} them\n" for place, (query, passage) in enumerate(pairs)]
-    run.write_text("".join(lines[keep]), encoding="utf-8")
-    places = ["--collection", experiment.recipe.collection.path, "--cache", str(experiment.plan.cache)]
-    done = CliRunner().invoke(app, ["import", "trec-run", str(run), "--name", "ensemble", *places])
-    assert done.exit_code == 0, done.stderr
-
-
-IMPORTED = {"name": "them", "kind": "file", "imported": "ensemble"}
-
-
-def test_imported_scores_label_and_no_model_is_asked(make_experiment: Make) -> None:
-    experiment = make_experiment({}, teachers=[IMPORTED], run=run_of(make_experiment, "cuda:99"))
-    import_run(experiment, slice(None))
-
-    table = score_table(experiment)
-
-    place_of = {pair: place for place, pair in enumerate(zip(*filter_pairs(candidates(experiment)), strict=True))}
-    assert [table.counts[name] for name in ("pairs", "pairs_scored", "pairs_reused")] == [len(place_of), 0, len(place_of)]
-    for query_id, passage_ids, gold_sim in table.rows():
-        assert gold_sim == [place_of[query_id, passage_id] for passage_id in passage_ids]
-    assert files(experiment) == {"scores"}
-
-
-def test_imported_scores_that_lack_a_pair_stop_the_run_before_a_model_is_asked(make_experiment: Make) -> None:
-    dense = {"name": "dense", "kind": "dense", "model": make_experiment({}).recipe.teachers[1].reference}
-    experiment = make_experiment({}, teachers=[dense, IMPORTED])
-    import_run(experiment, slice(2, None))
-    query_ids, passage_ids = filter_pairs(candidates(experiment))
-
-    with pytest.raises(ValueError, match="have no score among those imported as --name ensemble") as caught:
-        score_table(experiment)
-
-    first = "; ".join(f"query {query_ids[row]!r}, passage {passage_ids[row]!r}" for row in (0, 1))
-    assert str(caught.value).startswith(f"teacher 'them': 2 of {len(query_ids)} pairs have no score among those imported")
-    assert f"first: {first})" in str(caught.value)
-    assert files(experiment) == {"scores"}
-    assert not (experiment.plan.cache / "tables").exists()
-
-
-def test_imported_scores_and_a_model_label_together(make_experiment: Make) -> None:
-    dense = {"name": "dense", "kind": "dense", "model": make_experiment({}).recipe.teachers[1].reference}
-    weights = {"weights": {"dense": 0.0, "them": 1.0}}
-    experiment = make_experiment(weights, teachers=[dense, IMPORTED])
-    import_run(experiment, slice(None), sign=-1.0)
-
-    table = score_table(experiment)
-
-    num_pairs = len(filter_pairs(candidates(experiment))[0])
-    assert (table.counts["pairs_scored"], table.counts["pairs_reused"]) == (num_pairs, num_pairs)
-    assert table.labels().max() <= 0
 
 
 def collection_of_cats(folder: Path) -> Path:

@@ -1,0 +1,135 @@
+"""The stages: candidates, the score table, the student, each found or made."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsekd.artifact import Artifact, key_of, publish, read_manifest, write_json_atomically
+from sparsekd.bank.manifest import locked
+from sparsekd.doctor import describe, examined
+from sparsekd.experiment.scoring import score_pairs
+from sparsekd.experiment.sources import Experiment, MinerVectors, TeacherVectors
+from sparsekd.labels.building import build_table, scored_teachers
+from sparsekd.labels.rows import choose_rows
+from sparsekd.labels.score_table import ScoreTable
+from sparsekd.labels.vectors import vocabulary_digest
+from sparsekd.mining.candidates import Candidates
+
+if TYPE_CHECKING:
+    from sentence_transformers import SparseEncoder
+
+logger = logging.getLogger(__name__)
+
+
+def candidates(experiment: Experiment) -> Candidates:
+    """Find or mine the candidates."""
+    plan, fields = experiment.plan, experiment.plan.candidates_fields
+    hit = plan.hit("candidates", fields)
+    if hit is not None:
+        logger.info("candidates %s: hit", hit.key)
+        return Candidates.open(hit.folder)
+    from sparsekd.mining.miners import mine_candidates
+
+    return mine_candidates(
+        experiment.recipe,
+        experiment.collection,
+        cache=plan.cache,
+        fields=fields,
+        source=MinerVectors(experiment),
+        extra=experiment.provenance(),
+    )
+
+
+def score_table(experiment: Experiment) -> ScoreTable:
+    """Find or build the score table, asking teachers only for what no run has asked them before."""
+    plan = experiment.plan
+    hit = plan.hit("tables", plan.table_fields)
+    if hit is not None:
+        logger.info("table %s: hit, no pair scored", hit.key)
+        return _examined(experiment, ScoreTable.open(hit.folder))
+    mined = candidates(experiment)
+    teachers = [experiment.teacher(name) for name in scored_teachers(experiment.recipe)]
+    scored, gates = score_pairs(experiment, mined, teachers)
+    counts = {**scored, "mining": mined.counts}
+    banked = experiment.banked(*teachers)
+    rows = choose_rows(experiment.recipe, mined, banked)
+    table = build_table(
+        experiment.recipe,
+        rows,
+        cache=plan.cache,
+        fields=plan.table_fields,
+        gold_sim=banked,
+        vectors=TeacherVectors(experiment) if experiment.recipe.labels.kind == "embedding" else None,
+        counts=counts,
+        extra={**experiment.provenance(), **({"gate": gates} if gates else {})},
+    )
+    logger.info("pairs: %d, %d scored, %d reused", counts["pairs"], counts["pairs_scored"], counts["pairs_reused"])
+    return _examined(experiment, table)
+
+
+def _examined(experiment: Experiment, table: ScoreTable) -> ScoreTable:
+    describe(table, experiment.recipe)
+    examined(experiment.plan, table, experiment.provenance())
+    return table
+
+
+def student(experiment: Experiment) -> Artifact:
+    """Find or train the student; the folder is a plain sentence-transformers model.
+
+    One process trains a key at a time; another that asks for it waits and finds it made.
+    """
+    plan, fields = experiment.plan, experiment.plan.student_fields
+    folder = plan.folder("students", fields)
+    work_folder = folder.with_name(f"{folder.name}.work")
+    hit = plan.hit("students", fields)
+    if hit is None:
+        if plan.hit("tables", plan.table_fields) is None:
+            from sparsekd.training.fit import check_student
+
+            _check_vocabulary(experiment, check_student(experiment.recipe))  # refused before a teacher is paid
+        table = score_table(experiment)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.with_name(f".{folder.name}.lock")):
+            hit = plan.hit("students", fields) or _trained(experiment, table, folder, work_folder)
+    else:
+        logger.info("student %s: hit", hit.key)
+    shutil.rmtree(work_folder, ignore_errors=True)  # also what a crash between publishing and this line has left
+    return hit
+
+
+def _check_vocabulary(experiment: Experiment, model: SparseEncoder) -> None:
+    """Raise ValueError if vectors are to label whose dims mean other terms than the student's."""
+    if experiment.recipe.labels.kind != "embedding":
+        return
+    from sparsekd.teachers.sparse import teacher_vocabulary
+    from sparsekd.training.rows import check_vocabulary
+
+    teacher = experiment.vector_teacher()
+    vocabulary = teacher_vocabulary(teacher)
+    if vocabulary is not None:
+        check_vocabulary(vocabulary_digest(vocabulary), model, f"teacher {teacher.name!r}")
+
+
+def _trained(experiment: Experiment, table: ScoreTable, folder: Path, work_folder: Path) -> Artifact:
+    from sparsekd.training.card import write_card
+    from sparsekd.training.fit import train
+
+    fields = experiment.plan.student_fields
+    trained = train(
+        experiment.recipe,
+        table,
+        experiment.collection,
+        work_folder=work_folder,
+        key=key_of(fields),
+        first_stage=experiment.bm25_passages,
+    )
+    steps = {"steps": trained.num_steps, "resumed_from_step": trained.resumed_from_step}
+    extra: dict[str, Any] = {**experiment.provenance(), "counts": {"rows": len(table), **steps, **trained.counts}}
+    with publish(folder, kind="student", fields=fields, extra=extra) as temporary:
+        trained.model.save_pretrained(str(temporary), create_model_card=False)
+        write_card(temporary / "README.md", experiment.recipe, table, extra, trained)
+        write_json_atomically(temporary / "training.json", trained.log_history)
+    return Artifact(folder, read_manifest(folder))
