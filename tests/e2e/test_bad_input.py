@@ -74,7 +74,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     ),
     "two prompts for one column": (
         [*EMBEDDING, "student.model=splade", "student.query_prompt=q"],
-        "query_prompt = 'q' and passage_prompt = '': column 'sentence' holds ",
+        "[student] query_prompt = 'q' and passage_prompt = '' beside [labels] kind = \"embedding\": queries and passages stand in ",
     ),
     "two routes for one column": (
         [*EMBEDDING, "student.model=splade", "student.expansion=passage"],

@@ -137,6 +137,44 @@ def test_bm25_teaches_beside_a_model_and_is_ranked_once(make_workplace: Callable
 
 
 @pytest.mark.slow
+def test_three_kinds_of_teachers_two_miners_and_stratified_negatives_make_one_student(
+    make_workplace: Callable[..., Any], tiny_cross_encoder_folder: Path
+) -> None:
+    workplace = make_workplace("dense")
+    recipe = workplace.folder / "recipe.toml"
+    more = (
+        f'[[teachers]]\nname = "judge"\nkind = "cross-encoder"\nmodel = "{tiny_cross_encoder_folder}"\n'
+        '[[teachers]]\nname = "lexical"\nkind = "bm25"\n[labels]\nselection = "stratified"\nselection_teacher = "lexical"\n'
+    )
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("[labels]\n", more), encoding="utf-8")
+
+    evaluation = workplace.run("evaluate", "labels.calibration.kind=minmax", "labels.calibration.scale=10")
+    first = workplace.run("teacher_scores", "labels.calibration.kind=minmax", "labels.calibration.scale=10")
+    another = [
+        "labels.calibrations={lexical = {kind = 'percentile'}, judge = {kind = 'affine', reference = 'tiny'}}",
+        "labels.weights={tiny = 1, judge = 2, lexical = 0.5}",
+        "labels.combine=sum",
+        "labels.rescale={kind = 'zscore', scale = 8}",
+    ]
+    again = workplace.run("teacher_scores", *another)
+    student = workplace.run("train_student", *another)
+
+    assert {row["kind"] for row in first.manifest["recipe"]["mining"]["miners"]} == {"bm25", "dense"}
+    pairs = first.manifest["counts"]["pairs"]
+    assert pairs == 3 * 94
+    assert first.manifest["counts"]["pairs_scored"] == pairs
+    assert (again.manifest["counts"]["pairs_scored"], again.manifest["counts"]["pairs_reused"]) == (0, pairs)
+    assert again.folder != first.folder
+    assert ScoreTable.open(again.folder).labels().std() == pytest.approx(8, rel=1e-5)
+    assert "score doctor" in again.log
+    assert f"table {again.folder.name}: hit" in student.log
+    systems = read_json(evaluation.folder / "metrics.json")["systems"]
+    assert list(systems) == ["bm25", "student", "student:untrained", "teacher:judge", "teacher:lexical", "teacher:tiny"]
+    card = (student.folder / "README.md").read_text(encoding="utf-8")
+    assert "Calibration `raw`, `percentile` for lexical, `affine` for judge, combined scores by `zscore`" in card
+
+
+@pytest.mark.slow
 def test_imported_scores_teach_what_their_model_taught(make_workplace: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     workplace = make_workplace("dense")
     table = workplace.run("teacher_scores")
