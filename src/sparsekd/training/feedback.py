@@ -28,7 +28,7 @@ _LEAST_RATE = 0.3  # the gain grows as the learning rate falls, down to this sha
 # Pressure is lambda · penalty / main loss. Above 3 the main loss has no say in the direction any more and dims fall no faster;
 # below .003 the penalty has none.
 _PRESSURES = (math.log(3e-3), math.log(3.0))
-_FIRST_PRESSURES = (math.log(0.03), math.log(0.3))  # a first guess outside of these is moved to the nearer
+_FIRST_PRESSURES = (math.log(0.01), math.log(0.3))  # a first guess outside of these is moved to the nearer
 MEMORY = 3
 """Calibrations that count: the level of noisy batches, which a calibration is compared with, is further off than that is."""
 
