@@ -14,7 +14,7 @@ from sparsekd.recipe.rules import is_custom, wrapper_of
 
 STUDENT_VERSION = 2
 """Raised when the same fields would give another untrained student."""
-TRAINING_VERSION = 3
+TRAINING_VERSION = 4
 """Raised when the same fields would give another trained student."""
 _REGULARIZER = {"regularizer", "lambda_query", "lambda_passage", "threshold_query", "threshold_passage", "budget"}
 _RAMP = {"lambda_schedule", "lambda_warmup_ratio"}

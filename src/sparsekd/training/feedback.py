@@ -19,16 +19,18 @@ from dataclasses import dataclass
 _GAIN = 2.0  # in log pressure, per e-fold of active dims above the path
 _INTEGRAL_STEPS = 40.0  # steps after which a constant error has counted once more
 _AHEAD_STEPS = 25  # Adam's first moment carries a change for 10 steps, the smoothing hides it for 10 more
-SMOOTHING = 0.1
+SMOOTHING = 0.2
 """Share of a new measurement in the smoothed active dims: log dims of 32 passages vary by .05 from batch to batch."""
 _SCALE_SMOOTHING = 0.1  # of main loss / penalty
 _LARGEST_ERROR = 1.0  # more says no more than "far off", and would wind the integral up
-_LARGEST_MOVE = 0.5  # of log pressure in one step
+# Of log pressure in one step. Dims are lost within few steps, sooner than the smoothing shows, and come back slowly.
+_LARGEST_RISE = 0.15
+_LARGEST_FALL = 0.5
 _LEAST_RATE = 0.3  # the gain grows as the learning rate falls, down to this share of its peak
 # Pressure is lambda · penalty / main loss. Above 3 the main loss has no say in the direction any more and dims fall no faster;
 # below .003 the penalty has none.
 _PRESSURES = (math.log(3e-3), math.log(3.0))
-_FIRST_PRESSURES = (math.log(0.03), math.log(0.3))  # a first guess outside of these is moved to the nearer
+_FIRST_PRESSURES = (math.log(0.01), math.log(0.3))  # a first guess outside of these is moved to the nearer
 MEMORY = 3
 """Calibrations that count: the level of noisy batches, which a calibration is compared with, is further off than that is."""
 
@@ -152,7 +154,7 @@ class Feedback:
         allowed = _clipped(wanted, *_PRESSURES)
         if wanted == allowed or (wanted > allowed) == (error < 0):  # at a limit the integral moves away from it only
             self.integral += gain * error / _INTEGRAL_STEPS
-        self.pressure = pressure + _clipped(allowed - pressure, -_LARGEST_MOVE, _LARGEST_MOVE)
+        self.pressure = pressure + _clipped(allowed - pressure, -_LARGEST_FALL, _LARGEST_RISE)
 
     def _follow(self, y: float, step: int, plan: Plan) -> None:
         expected, moved = self._expected(step, plan), plan.rate_between(self.last, step)
