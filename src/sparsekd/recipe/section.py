@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
+    """A table of a recipe: no key but those named here, no value of another type, nothing changed once it is read."""
+
     # allow_inf_nan: TOML has both, and nothing here means anything with either.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
