@@ -150,12 +150,13 @@ def suggested_calibration(student_std: float | None, *, num_teachers: int) -> di
     if student_std is None:
         how = (
             f'[{section}] kind = "zscore" takes as scale the standard deviation of the student\'s dot products, which is not known '
-            "yet: run pipeline/evaluate.py once, which ranks by the untrained student, and this page says it"
+            "yet: run pipeline/evaluate.py once, which ranks by the untrained student, and this page says it; or set [training] "
+            'label_scale = "student"'
         )
         return {"student_std": None, "set": None, "how": how}
     how = (
         "labels then spread as the untrained student's dot products do over its best passages of the measured queries; over "
-        "passages of all ranks these spread more"
+        'passages of all ranks these spread more. [training] label_scale = "student" measures that on the table itself'
     )
     return {"student_std": student_std, "set": f'[{section}] kind = "zscore", scale = {student_std:.3g} or above', "how": how}
 

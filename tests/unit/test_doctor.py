@@ -133,7 +133,8 @@ def test_a_calibration_is_suggested_by_the_students_spread() -> None:
     assert unknown["set"] is None
     assert unknown["how"] == (
         '[labels.calibration] kind = "zscore" takes as scale the standard deviation of the student\'s dot products, which is not '
-        "known yet: run pipeline/evaluate.py once, which ranks by the untrained student, and this page says it"
+        "known yet: run pipeline/evaluate.py once, which ranks by the untrained student, and this page says it; "
+        'or set [training] label_scale = "student"'
     )
 
 

@@ -250,6 +250,11 @@ def _check_losses(recipe: Recipe) -> None:
             )
         if name in _COMPARES_ROWS and training.batch_size == 1 and (name != _IN_BATCH or num_columns(recipe) == 2):
             raise ValueError(f'[training] batch_size = 1 gives loss = "{name}" nothing to compare a row with; raise it')
+    if training.label_scale != 1 and labels.kind not in ("score_list", "margin"):
+        raise ValueError(
+            f"[training] label_scale = {training.label_scale!r} multiplies score lists and margins, "
+            f'[labels] kind = "{labels.kind}" has neither; remove it'
+        )
     if labels.kind != "none" and not any(is_custom(name) or name in _READS_LABELS for name in training.losses):
         raise ValueError(
             f'[training] loss = {_either(list(training.losses))} reads no label, so the scores of [labels] kind = "{labels.kind}" '

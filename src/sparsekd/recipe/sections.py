@@ -214,6 +214,9 @@ class Training(_Section):
     """Texts embedded at once by CachedSpladeLoss: memory of this many, loss and gradients of all, one forward pass more."""
     temperature: float = Field(default=2.0, gt=0)
     """Softmax temperature of both sides in KL; 2.0 is the library's sparse default (1.0 gave zero active dims)."""
+    label_scale: Literal["student"] | Annotated[float, Field(gt=0)] = 1.0
+    """Multiplies score lists and margins. ``student``: by what leaves the untrained student's margins their size, measured before
+    step 0 (``training/label_scale.py``), so that a recipe fits any teacher and any student. 1 takes labels as they are banked."""
     scale: float = Field(default=1.0, gt=0)
     """Multiplies the similarities of SparseMultipleNegativesRankingLoss, SparseCoSENTLoss and SparseAnglELoss."""
     triplet_margin: float = Field(default=5.0, gt=0)

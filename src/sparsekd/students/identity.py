@@ -92,6 +92,7 @@ def _idle(recipe: Recipe) -> set[str]:
     idle = {"loss", "wrapper", "mini_batch_size", "min_active_dims", "max_active_share", "collapse_patience"}
     idle |= {"epochs"} if training.max_steps is not None else set()
     idle |= {"temperature"} if not names & _TEMPERED else set()
+    idle |= {"label_scale"} if training.label_scale == 1 else set()
     idle |= {"scale"} if not names & _SCALED else set()
     idle |= {"triplet_margin"} if "SparseTripletLoss" not in names else set()
     idle |= {"static_learning_rate"} if training.static_learning_rate is None else set()

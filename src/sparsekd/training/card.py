@@ -67,7 +67,7 @@ print(model.similarity(queries, passages))
 
 {teachers}
 
-{_labels(recipe, table)}
+{_labels(recipe, table, card["label_scale"])}
 
 ## Data
 
@@ -107,7 +107,7 @@ Versions: `{_json(extra["versions"])}`. Keys, recipe and checksums of every file
 """
 
 
-def _labels(recipe: Recipe, table: ScoreTable) -> str:
+def _labels(recipe: Recipe, table: ScoreTable, label_scale: float) -> str:
     if table.kind == "none":
         return f"No labels: {table.num_passages} passages a row, positive first."
     if table.kind == "embedding":
@@ -115,7 +115,8 @@ def _labels(recipe: Recipe, table: ScoreTable) -> str:
     calibration = f"Calibration {_calibration(recipe)}, labels `{table.kind}`"
     if table.kind == "similarity":
         return f"{calibration}, one pair a row."
-    return f"{calibration}, {table.num_passages} passages a row, positive first."
+    scaled = f", times {label_scale:g} in training" if label_scale != 1 else ""
+    return f"{calibration}{scaled}, {table.num_passages} passages a row, positive first."
 
 
 def _calibration(recipe: Recipe) -> str:

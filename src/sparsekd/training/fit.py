@@ -41,7 +41,7 @@ class TrainedStudent:
     num_steps: int
     resumed_from_step: int
     loss_card: dict[str, Any] = field(default_factory=dict)
-    """What the model card says of the loss (``losses.loss_card``)."""
+    """What the model card says of the loss (``losses.loss_card``), and ``label_scale``."""
     counts: dict[str, int] = field(default_factory=dict)
     """``texts`` tokenised, ``texts_cut`` of them at max_length, ``rows_left_over`` of an epoch, too few for a batch; with dev_steps
     ``best_step``, whose weights these are."""
@@ -92,6 +92,9 @@ def train(
     checkpoint = newest_whole_checkpoint(work_folder, key, sealed_fields(recipe, table))
     model.to(ranks.local_device(recipe.run.device))
     ranks.share_first([*model.parameters(), *model.buffers()])
+    label_scale = _label_scale(recipe, model, table, rows)
+    if label_scale != 1:
+        rows = training_rows(table, collection, label_scale)
     trainer = build_trainer(
         recipe,
         model,
@@ -107,7 +110,21 @@ def train(
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     merge_adapters(model)
     counts, state = _counts(recipe, trainer), trainer.state
-    return TrainedStudent(model.eval(), state.log_history, state.global_step, resumed, loss_card(trainer.loss), counts)
+    card = {**loss_card(trainer.loss), "label_scale": label_scale}
+    return TrainedStudent(model.eval(), state.log_history, state.global_step, resumed, card, counts)
+
+
+def _label_scale(recipe: Recipe, model: SparseEncoder, table: ScoreTable, rows: Dataset) -> float:
+    """Return what the labels are multiplied by; measured, by the first process and again when resumed, where the recipe says so."""
+    from sparsekd.training import ranks
+    from sparsekd.training.label_scale import label_scale_of
+
+    if recipe.training.label_scale != "student":
+        return recipe.training.label_scale
+    run, scale = recipe.run, 0.0
+    if ranks.is_first():
+        scale = label_scale_of(model, table, rows, packed=run.packed, fused=run.fused_head)
+    return ranks.from_first(scale)
 
 
 def _run(recipe: Recipe, trainer: DistillationTrainer, checkpoint: Path | None) -> int:

@@ -40,8 +40,8 @@ def text_columns(kind: Kind, num_passages: int) -> list[str]:
     return ["query", "positive", *(f"negative_{number}" for number in range(1, num_passages))]
 
 
-def training_rows(table: ScoreTable, collection: Collection) -> Dataset:
-    """Return the table as a dataset whose batches hold texts and labels.
+def training_rows(table: ScoreTable, collection: Collection, label_scale: float = 1.0) -> Dataset:
+    """Return the table as a dataset whose batches hold texts and labels, score lists and margins times ``label_scale``.
 
     Labels are lists of float for score_list and margin, float for similarity, float32 [V] tensors for embedding, made dense when
     a batch is read; ``query_id`` of an embedding row is its role and id. Raises ValueError naming the first id that the
@@ -61,7 +61,7 @@ def training_rows(table: ScoreTable, collection: Collection) -> Dataset:
         rows.set_transform(_join_texts(texts, int(table.contract.dimension or 0)))
     else:
         columns = text_columns(table.kind, table.num_passages)
-        rows.set_transform(_join_rows(texts, table.label_column, columns))
+        rows.set_transform(_join_rows(texts, table.label_column, columns, label_scale))
     return rows
 
 
@@ -94,11 +94,15 @@ def check_vocabulary(teacher_digest: str, model: SparseEncoder, teacher: str) ->
         )
 
 
-def _join_rows(texts: Mapping[Role, Mapping[str, str]], label_column: str | None, columns: list[str]) -> Callable[[_Batch], _Batch]:
+def _join_rows(
+    texts: Mapping[Role, Mapping[str, str]], label_column: str | None, columns: list[str], label_scale: float
+) -> Callable[[_Batch], _Batch]:
     def join(batch: _Batch) -> _Batch:
         parts = [[texts["query"][query_id] for query_id in batch[ID_COLUMN]]]
         parts += [[texts["passage"][passage_id] for passage_id in column] for column in zip(*batch["passage_ids"], strict=True)]
         labels = {} if label_column is None else {LABEL_COLUMN: batch[label_column]}
+        if labels and label_scale != 1:
+            labels = {LABEL_COLUMN: [[label_scale * value for value in row] for row in batch[label_column]]}
         return {**dict(zip(columns, parts, strict=True)), **labels, ID_COLUMN: batch[ID_COLUMN]}
 
     return join
