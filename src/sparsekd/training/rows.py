@@ -100,9 +100,10 @@ def _join_rows(
     def join(batch: _Batch) -> _Batch:
         parts = [[texts["query"][query_id] for query_id in batch[ID_COLUMN]]]
         parts += [[texts["passage"][passage_id] for passage_id in column] for column in zip(*batch["passage_ids"], strict=True)]
-        labels = {} if label_column is None else {LABEL_COLUMN: batch[label_column]}
-        if labels and label_scale != 1:
-            labels = {LABEL_COLUMN: [[label_scale * value for value in row] for row in batch[label_column]]}
+        labels = {}
+        if label_column is not None:
+            scaled = label_scale != 1
+            labels[LABEL_COLUMN] = [[label_scale * x for x in row] for row in batch[label_column]] if scaled else batch[label_column]
         return {**dict(zip(columns, parts, strict=True)), **labels, ID_COLUMN: batch[ID_COLUMN]}
 
     return join
