@@ -102,8 +102,8 @@ def _join_rows(
         parts += [[texts["passage"][passage_id] for passage_id in column] for column in zip(*batch["passage_ids"], strict=True)]
         labels = {}
         if label_column is not None:
-            scaled = label_scale != 1
-            labels[LABEL_COLUMN] = [[label_scale * x for x in row] for row in batch[label_column]] if scaled else batch[label_column]
+            given = batch[label_column]
+            labels[LABEL_COLUMN] = given if label_scale == 1 else [[label_scale * value for value in row] for row in given]
         return {**dict(zip(columns, parts, strict=True)), **labels, ID_COLUMN: batch[ID_COLUMN]}
 
     return join
