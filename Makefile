@@ -16,6 +16,8 @@ DATA      := $(if $(findstring $(PYDOCS),$(file < $(RECIPE)) $(SET)),data)
 BENCHES   := $(filter-out benchmarks/gpu_check.py,$(wildcard benchmarks/*.py))
 FAST      := not slow and not gpu and not network
 MARKS     ?= not gpu and not network
+# A process per core, a file's tests in one of them: what a file sets up once stays so.
+SPREAD    := --numprocesses=auto --dist=loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: setup data teacher-scores train-student evaluate report test test-all lint bench gpu-check clean help FORCE
@@ -46,10 +48,10 @@ evaluate: $(SETUP) $(DATA) ## Measure BM25, teachers, untrained and trained stud
 report: evaluate ## Print the table of metrics of RECIPE on the terminal (evaluates first where needed)
 
 test: $(SETUP) ## Fast tests: offline, CPU
-	$(RUN) -m pytest -m "$(FAST)"
+	$(RUN) -m pytest $(SPREAD) -m "$(FAST)"
 
 test-all: $(SETUP) ## Fast and slow tests (faults, end to end); MARKS="slow" for a part
-	$(RUN) -m pytest -m "$(MARKS)"
+	$(RUN) -m pytest $(SPREAD) -m "$(MARKS)"
 
 lint: $(SETUP) ## ruff and mypy --strict
 	$(RUN) -m ruff check .

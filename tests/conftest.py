@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub, which reads it once
+# Before any import of torch. Tests run a process per core: with two threads each they would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = (
