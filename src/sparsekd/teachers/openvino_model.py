@@ -47,7 +47,7 @@ class OpenVINOClassifier:
             raise ValueError(
                 f'teacher {teacher.name!r}: dtype = "bfloat16", but this CPU computes {", ".join(found)}; set dtype = "float32"'
             )
-        graph = openvino.convert_model(_exported(transformer, teacher))
+        graph = openvino.convert_model(_exported(transformer, teacher), share_weights=False)  # they go with the module
         if teacher.quantization == "int8":
             _quantize_weights(graph)
         settings: dict[str, Any] = {
