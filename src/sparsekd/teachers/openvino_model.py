@@ -47,7 +47,10 @@ class OpenVINOClassifier:
             raise ValueError(
                 f'teacher {teacher.name!r}: dtype = "bfloat16", but this CPU computes {", ".join(found)}; set dtype = "float32"'
             )
-        graph = openvino.convert_model(_exported(transformer, teacher), share_weights=False)  # they go with the module
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's exporter about its own pytrees
+            program = _exported(transformer, teacher)
+            graph = openvino.convert_model(program, share_weights=False)  # the module's weights go when it does
         if teacher.quantization == "int8":
             _quantize_weights(graph)
         settings: dict[str, Any] = {
@@ -99,8 +102,7 @@ def _exported(transformer: Any, teacher: Teacher) -> Any:
     names = ["ids", "types"] if "token_type_ids" in transformer.tokenizer.model_input_names else ["ids"]
     example = tuple(torch.ones(_EXAMPLE, dtype=torch.int64) for _ in names)
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    with evaluating(model), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own pytrees
+    with evaluating(model), torch.no_grad():
         return torch.export.export(
             _Rectangular(model, position_offset(transformer)), example, dynamic_shapes=dict.fromkeys(names, free)
         )
