@@ -37,6 +37,22 @@ class Teacher(EncoderSpec):
     gate: bool = True
     """Before it scores 20,000 pairs or more, have it rerank BM25's best passages of judged queries, and stop the run if it ranks
     worse than BM25: a broken teacher costs minutes, not hours. Changes no score."""
+    backend: Literal["torch", "openvino"] = "torch"
+    """What computes a cross-encoder. ``openvino`` is faster on a CPU and equal up to float rounding; it needs the extra openvino. Torch
+    is the default because it takes every architecture and device."""
+    quantization: Literal["int8"] | None = None
+    """``int8``: matrices and activations of a cross-encoder on openvino in 8 bits, faster and other scores (docs/numbers.md). None
+    leaves them in ``dtype``."""
+
+    @model_validator(mode="after")
+    def _backend_computes_it(self) -> Self:
+        if self.backend != "torch" and self.kind != "cross-encoder":
+            raise ValueError(f'backend = "{self.backend}" computes cross-encoders, and kind is "{self.kind}"; leave backend out')
+        if self.backend == "openvino" and (self.dtype == "float16" or self.trust_remote_code):
+            raise ValueError('backend = "openvino" takes dtype "float32" or "bfloat16", and no trust_remote_code')
+        if self.quantization is not None and (self.backend != "openvino" or self.dtype != "float32"):
+            raise ValueError('quantization = "int8" needs backend = "openvino" and dtype = "float32"')
+        return self
 
     @property
     def reference(self) -> str:

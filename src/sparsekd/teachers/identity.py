@@ -27,6 +27,8 @@ CROSS_ENCODER_STAGE = "teachers/cross-encoder v1"
 SPARSE_STAGE = "teachers/sparse v1"
 BM25_STAGE = "teachers/bm25 v1"
 FILE_STAGE = "teachers/file v1"
+INT8 = "int8: weights per row, activations per token and 128 dims, v1"
+"""What ``openvino_model`` does to matrices; a change of it is another teacher."""
 
 
 def encoder_identity(spec: EncoderSpec) -> dict[str, Any]:
@@ -48,6 +50,8 @@ def teacher_identity(teacher: Teacher) -> dict[str, Any]:
         "kind": "cross-encoder",
         "activation": "identity",
         **_common_fields(teacher, folder),
+        "backend": teacher.backend,
+        **({"quantization": INT8} if teacher.quantization == "int8" else {}),
     }
 
 
