@@ -307,6 +307,14 @@ def test_a_missing_key_is_named(refusal: Refusal, text: str, message: str) -> No
             "[mining.fallback] skip = 1 acts on kind = \"bm25\" or \"dense\" or \"sparse\" or \"run\" only; remove the key",
         ),
         ("mining.fallback={quota = 1, kind = 'run'}", "[mining.fallback] path is missing; it has no default"),
+        ("mining.rounds=0", "[mining] rounds = 0: input should be greater than or equal to 1"),
+        ("mining.student_miner.quota=0", "[mining.student_miner] quota = 0: input should be greater than or equal to 1"),
+        ("mining.student_miner.qota=1", "[mining.student_miner] qota is not a known key; did you mean quota?"),
+        (
+            "mining.student_miner.skip=3",
+            "[mining.student_miner] skip = 3 has no effect with rounds = 1: no student mines then; set [mining] rounds = 2 or "
+            "remove the section",
+        ),
         ("mining.miners=[]", "[mining] miners = []: expected at least 1 item"),
         ("mining.miners=[1]", "[mining.miners] 0 = 1: expected a table"),
         ("mining.miners=bm25", "[mining] miners = 'bm25': expected a list of tables, e.g. [[mining.miners]]"),
@@ -419,6 +427,17 @@ def test_an_error_inside_a_list_is_reported_once(refusal: Refusal) -> None:
             WHOLE,
             ["mining.miners.bm25.skip=97"],
             "[mining.miners.0] depth = 100 is less than skip + quota = 101: the quota can never be filled; raise depth",
+        ),
+        (
+            WHOLE,
+            ["mining.rounds=2", "mining.student_miner.skip=93"],
+            "[mining.student_miner] depth = 100 is less than skip + quota = 101: the quota can never be filled; raise depth",
+        ),
+        (
+            WHOLE,
+            ["mining.rounds=2", "labels.kind=similarity", "training.loss=SparseCoSENTLoss"],
+            '[mining] rounds = 2 beside [training] loss = "SparseCoSENTLoss": it trains a student for its cosine, and the student '
+            "mines by the dot product; set rounds = 1 or choose another loss",
         ),
         (
             WHOLE,

@@ -1,4 +1,4 @@
-"""Measures every system of a recipe on one split: BM25, the teachers, the untrained student, the student.
+"""Measures every system of a recipe on one split: BM25, the teachers, the untrained student, the student of each round.
 
 Each system's ranking is an artifact of its own under ``runs/``, so a second student costs no second look at the others.
 """
@@ -38,7 +38,7 @@ def evaluate(experiment: Experiment) -> Artifact:
         if isinstance(teacher, FileTeacher):
             logger.info("teacher:%s is not measured: imported scores rank only what they hold", teacher.name)
     trained = student(experiment)
-    runs = {name: _system(experiment, name, system, trained) for name, system in plan.system_fields().items()}
+    runs = {name: _system(experiment, name, system) for name, system in plan.system_fields().items()}
     figures = {name: json.loads((run.folder / METRICS).read_text(encoding="utf-8")) for name, run in runs.items()}
     folder = plan.folder("evaluations", fields)
     extra = {**experiment.provenance(), "student": trained.key}
@@ -49,7 +49,7 @@ def evaluate(experiment: Experiment) -> Artifact:
     return Artifact(folder, read_manifest(folder))
 
 
-def _system(experiment: Experiment, name: str, fields: dict[str, Any], trained: Artifact) -> Artifact:
+def _system(experiment: Experiment, name: str, fields: dict[str, Any]) -> Artifact:
     """Find or make one system's ranking and figures."""
     plan = experiment.plan
     hit = plan.hit("runs", fields)
@@ -58,7 +58,7 @@ def _system(experiment: Experiment, name: str, fields: dict[str, Any], trained: 
         return hit
     folder = plan.folder("runs", fields)
     qrels = judgements(experiment.recipe, experiment.collection, experiment.recipe.evaluation.split)
-    rankings, sparsity = _rank(experiment, name, trained)
+    rankings, sparsity = _rank(experiment, name)
     figures = {**measure(rankings, qrels), **sparsity}
     with publish(folder, kind="run", fields=fields, extra=experiment.provenance()) as temporary:
         write_trec_run(temporary / "run.trec", rankings, f"sparsekd-{key_of(fields)}")
@@ -67,7 +67,7 @@ def _system(experiment: Experiment, name: str, fields: dict[str, Any], trained: 
     return Artifact(folder, read_manifest(folder))
 
 
-def _rank(experiment: Experiment, name: str, trained: Artifact) -> tuple[Rankings, dict[str, float]]:
+def _rank(experiment: Experiment, name: str) -> tuple[Rankings, dict[str, float]]:
     recipe, collection, split = experiment.recipe, experiment.collection, experiment.recipe.evaluation.split
     if name == "bm25":
         return _to_depth(bm25_rankings(recipe, collection, split)), {}
@@ -82,7 +82,7 @@ def _rank(experiment: Experiment, name: str, trained: Artifact) -> tuple[Ranking
             return sparse_teacher_rankings(teacher, recipe, collection, split, experiment.embedding_bank)
         bm25 = bm25_rankings(recipe, collection, split)
         return rerank_rankings(teacher, recipe, collection, bm25, experiment.score_bank), {}
-    return _rank_student(experiment, _load_student(experiment, name, trained))
+    return _rank_student(experiment, _load_student(experiment, name))
 
 
 def _to_depth(rankings: Rankings) -> dict[str, Ranking]:
@@ -90,7 +90,7 @@ def _to_depth(rankings: Rankings) -> dict[str, Ranking]:
     return {query_id: Ranking(hits.passage_ids[:DEPTH], hits.scores[:DEPTH]) for query_id, hits in rankings.items()}
 
 
-def _load_student(experiment: Experiment, name: str, trained: Artifact) -> SparseEncoder:
+def _load_student(experiment: Experiment, name: str) -> SparseEncoder:
     from sparsekd.training.fit import untrained_student
 
     device = prepare_device(experiment.recipe.run)
@@ -98,6 +98,8 @@ def _load_student(experiment: Experiment, name: str, trained: Artifact) -> Spars
         return untrained_student(experiment.recipe, experiment.collection).to(device)
     from sentence_transformers import SparseEncoder
 
+    plan = experiment.plan.plan_by_student[name]
+    trained = plan.hit("students", plan.student_fields) or student(Experiment(plan))
     verify(trained)
     return SparseEncoder(str(trained.folder), device=device)
 

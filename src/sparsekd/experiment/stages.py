@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def candidates(experiment: Experiment) -> Candidates:
-    """Find or mine the candidates."""
+    """Find or mine the candidates; of a later round, after finding or training the student that mines in it."""
     plan, fields = experiment.plan, experiment.plan.candidates_fields
     hit = plan.hit("candidates", fields)
     if hit is not None:
@@ -33,8 +33,12 @@ def candidates(experiment: Experiment) -> Candidates:
         return Candidates.open(hit.folder)
     from sparsekd.mining.miners import mine_candidates
 
+    if plan.previous is not None:
+        number = experiment.recipe.mining.rounds
+        logger.info("candidates of round %d are mined with the student of round %d", number, number - 1)
+        student(Experiment(plan.previous))
     return mine_candidates(
-        experiment.recipe,
+        plan.mined_recipe,
         experiment.collection,
         cache=plan.cache,
         fields=fields,

@@ -13,6 +13,7 @@ from sparsekd.recipe.mining import NegativeFilter as NegativeFilter
 from sparsekd.recipe.mining import RandomMiner as RandomMiner
 from sparsekd.recipe.mining import RunMiner as RunMiner
 from sparsekd.recipe.mining import SparseMiner as SparseMiner
+from sparsekd.recipe.mining import StudentMiner as StudentMiner
 from sparsekd.recipe.section import EncoderSpec as EncoderSpec
 from sparsekd.recipe.sections import BM25Teacher as BM25Teacher
 from sparsekd.recipe.sections import Budget as Budget

@@ -11,7 +11,16 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sparsekd.overrides import apply_override
-from sparsekd.recipe.mining import BM25Miner, DenseMiner, Mining, NegativeFilter, RandomMiner, RunMiner, SparseMiner
+from sparsekd.recipe.mining import (
+    BM25Miner,
+    DenseMiner,
+    Mining,
+    NegativeFilter,
+    RandomMiner,
+    RunMiner,
+    SparseMiner,
+    StudentMiner,
+)
 from sparsekd.recipe.sections import (
     BM25Teacher,
     Budget,
@@ -112,6 +121,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "collection": Collection,
     "mining": Mining,
     "filter": NegativeFilter,
+    "student_miner": StudentMiner,
     "labels": Labels,
     "calibration": Calibration,
     "calibrations": Calibration,

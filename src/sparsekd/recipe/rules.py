@@ -28,6 +28,7 @@ _READS_LABELS = tuple(name for name, kinds in LOSSES.items() if "none" not in ki
 _CONTRASTIVE = tuple(name for name, kinds in LOSSES.items() if "none" in kinds)
 _IN_BATCH = "SparseMultipleNegativesRankingLoss"
 _COMPARES_ROWS = (_IN_BATCH, "SparseCoSENTLoss", "SparseAnglELoss")
+_BY_COSINE = tuple(name for name, kinds in LOSSES.items() if kinds == ("similarity",))
 _REASONS = {
     "SparseDistillKLDivLoss": "it compares distributions over a row's passages, and a softmax over margins leaves the positive out",
     "SparseMarginMSELoss": "it learns signed margins between a positive and its negatives",
@@ -109,6 +110,31 @@ def check_candidates_fill_rows(recipe: Recipe) -> None:
         raise ValueError(
             f"[labels] num_negatives = {recipe.labels.num_negatives}, but the quotas of the miners add up to {proposed}: "
             "every row would be dropped; raise a quota or lower num_negatives"
+        )
+
+
+def check_rounds(recipe: Recipe) -> None:
+    """Raise ValueError if the students of earlier rounds cannot mine, or are told how although there are none."""
+    mining = recipe.mining
+    asked = mining.student_miner
+    if mining.rounds == 1:
+        changed = [name for name, field in type(asked).model_fields.items() if getattr(asked, name) != field.default]
+        if changed:
+            raise ValueError(
+                f"[mining.student_miner] {changed[0]} = {getattr(asked, changed[0])} has no effect with rounds = 1: no student "
+                "mines then; set [mining] rounds = 2 or remove the section"
+            )
+        return
+    if asked.depth < asked.skip + asked.quota:
+        raise ValueError(
+            f"[mining.student_miner] depth = {asked.depth} is less than skip + quota = {asked.skip + asked.quota}: "
+            "the quota can never be filled; raise depth"
+        )
+    by_cosine = [name for name in recipe.training.losses if name in _BY_COSINE]
+    if by_cosine:
+        raise ValueError(
+            f'[mining] rounds = {mining.rounds} beside [training] loss = "{by_cosine[0]}": it trains a student for its cosine, and '
+            "the student mines by the dot product; set rounds = 1 or choose another loss"
         )
 
 

@@ -347,5 +347,6 @@ class Recipe(_Section):
         rules.check_names(self)
         ensembles.check_calibrations(self)
         rules.check_candidates_fill_rows(self)
+        rules.check_rounds(self)
         rules.check_pairings(self)
         return self
