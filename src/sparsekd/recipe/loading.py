@@ -26,6 +26,7 @@ from sparsekd.recipe.sections import (
     Teacher,
     Training,
 )
+from sparsekd.recipe.teacher_training import TrainTeacher
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -119,6 +120,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "student": Student,
     "budget": Budget,
     "training": Training,
+    "train_teacher": TrainTeacher,
     "evaluation": Evaluation,
     "run": Run,
 }
