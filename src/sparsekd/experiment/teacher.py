@@ -42,12 +42,6 @@ def trained_teacher(experiment: Experiment) -> Artifact:
 
 def _train(experiment: Experiment, folder: Path, work_folder: Path) -> Artifact:
     plan, section, collection = experiment.plan, experiment.plan.train_teacher, experiment.collection
-    if not collection.qrels.get("train"):
-        there = ", ".join(name for name, qrels in collection.qrels.items() if qrels) or "none"
-        raise ValueError(
-            f"[train_teacher] {plan.collection_folder}: no train query has judgements (splits with judgements: {there}); "
-            "expected qrels/train.tsv to learn from"
-        )
     rows = teacher_rows(section, candidates(experiment))
     from sparsekd.teacher_training.card import write_card
     from sparsekd.teacher_training.fit import train_teacher

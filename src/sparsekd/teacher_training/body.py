@@ -45,7 +45,7 @@ def build_cross_encoder(section: TrainTeacher, device: str) -> CrossEncoder:
         processor_kwargs={"model_max_length": section.max_length, "local_files_only": True},
         config_kwargs={"num_labels": 1, "local_files_only": True},
     )
-    model = CrossEncoder(modules=[transformer], activation_fn=torch.nn.Identity(), device=device)
+    model: CrossEncoder = CrossEncoder(modules=[transformer], activation_fn=torch.nn.Identity(), device=device)
     positions = num_positions(transformer.model)
     if positions is not None and section.max_length > positions:
         raise ValueError(f"[train_teacher] max_length = {section.max_length}: {section.model} has {positions} positions; lower it")
@@ -68,17 +68,17 @@ def grouped_by_length(model: CrossEncoder) -> Iterator[None]:
     """
     plain: Any = model.forward
 
-    def forward(features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        is_token = features["attention_mask"].bool()
+    def forward(input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        is_token = input["attention_mask"].bool()
         groups = list(length_batches(is_token.sum(dim=1).cpu().numpy(), forward_tokens(_GROUP_TOKENS, model.device.type)))
         scores = []
         for group in groups:
             places = torch.from_numpy(group).to(is_token.device)
             columns = is_token[places].any(dim=0)
-            part = {name: value[places][:, columns] if isinstance(value, Tensor) else value for name, value in features.items()}
+            part = {name: value[places][:, columns] if isinstance(value, Tensor) else value for name, value in input.items()}
             scores.append(plain(part, **kwargs)["scores"])
         order = torch.cat([torch.from_numpy(group) for group in groups]).to(is_token.device)
-        return {**features, "scores": torch.cat(scores)[torch.argsort(order)]}
+        return {**input, "scores": torch.cat(scores)[torch.argsort(order)]}
 
     model.forward = forward  # type: ignore[method-assign]
     try:
@@ -111,11 +111,13 @@ def _checkpoint(folder: Path) -> Path:
 
 def _check_weights(section: TrainTeacher, folder: Path) -> list[str]:
     """Return the names of the weights of the head that the checkpoint lacks, reading names and shapes only."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    is_decoder = config.is_encoder_decoder or any("CausalLM" in name for name in config.architectures or [])
-    if is_decoder or type(config) not in AutoModelForSequenceClassification._model_mapping:
+    # Encoders are what transformers has a masked-LM head for; a decoder would read the passage without the words after it.
+    heads = (AutoModelForMaskedLM, AutoModelForSequenceClassification)
+    is_encoder = all(type(config) in head._model_mapping for head in heads) and not getattr(config, "is_decoder", False)
+    if config.is_encoder_decoder or not is_encoder:
         raise ValueError(
             f"[train_teacher] model = {section.model!r} is a {config.model_type} model ({', '.join(config.architectures or [])}); "
             "expected an encoder that transformers can put a sequence-classification head on"

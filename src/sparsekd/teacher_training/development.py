@@ -6,7 +6,7 @@ import hashlib
 import heapq
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ir_measures
 from sentence_transformers.base.evaluation import BaseEvaluator
@@ -15,21 +15,18 @@ from sparsekd.collection.beir import Collection
 from sparsekd.recipe import TrainTeacher
 from sparsekd.training.development import FirstStage
 
-if TYPE_CHECKING:
-    from sentence_transformers import CrossEncoder
-
 logger = logging.getLogger(__name__)
 
 METRIC = "ndcg@10"
 _PAIRS = 64  # per forward pass, which groups them by length
 
 
-class DevReranking(BaseEvaluator):  # type: ignore[misc]
+class DevReranking(BaseEvaluator):
     """Reranks ``dev_depth`` BM25 passages of ``dev_queries`` dev queries; what the trainer asks between steps."""
 
     def __init__(self, section: TrainTeacher, collection: Collection, first_stage: FirstStage) -> None:
         """Ask the first stage once. Raises ValueError without dev judgements, or where it finds no judged passage."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.primary_metric = METRIC
         judged = collection.qrels.get("dev")
         if not judged:
@@ -60,7 +57,7 @@ class DevReranking(BaseEvaluator):  # type: ignore[misc]
             best,
         )
 
-    def __call__(self, model: CrossEncoder, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def __call__(self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1) -> dict[str, float]:
         """Return {METRIC: mean over the queries}, 0 for a query without passages; ties keep BM25's order."""
         scores = iter(model.predict(self._pairs, batch_size=_PAIRS, show_progress_bar=False).tolist())
         ranked = {}

@@ -62,17 +62,22 @@ class MeasureLastStep(TrainerCallback):
 class TeacherTrainer(CrossEncoderTrainer):
     """The library's trainer, made to stop at numbers that are not finite and to say what it does in the log."""
 
+    _first_query = ""
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """Return the loss of one batch; NonFiniteError, naming the step and the first query, if it is NaN or infinite."""
-        first = inputs["query"][0]
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        value = float((loss[0] if isinstance(loss, tuple) else loss).detach())
-        if not math.isfinite(value):
+        """Return the loss of one batch."""
+        self._first_query = inputs["query"][0]
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip; NonFiniteError before NaN reaches the weights. LambdaLoss takes NaN scores for ties: its loss hides them."""
+        norm = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        if not math.isfinite(float(norm)):
             raise NonFiniteError(
-                f"step {self.state.global_step + 1}: loss is {value}; first query of the batch: {first[:80]!r}; nothing of this "
-                "step was applied. Lower [train_teacher] learning_rate"
+                f"step {self.state.global_step + 1}: gradient norm is {float(norm)}; first query of the batch: "
+                f"{self._first_query[:80]!r}; nothing of this step was applied. Lower [train_teacher] learning_rate"
             )
-        return loss
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Keep the entry, and put it in one line on stderr."""
