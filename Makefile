@@ -20,7 +20,7 @@ MARKS     ?= not gpu and not network
 SPREAD    := --numprocesses=auto --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: setup data teacher-scores train-student evaluate report test test-all lint bench gpu-check clean help FORCE
+.PHONY: setup data train-teacher teacher-scores train-student evaluate report test test-all lint bench gpu-check clean help FORCE
 
 setup: $(SETUP) ## Make .venv with every pin of constraints.txt; EXTRAS=gpu for FAISS on GPUs (default cpu)
 
@@ -34,6 +34,9 @@ $(SETUP): pyproject.toml constraints.txt $(if $(and $(INSTALLED),$(filter-out $(
 
 data: $(SETUP) ## Build the built-in collection data/collections/pydocs (a hit when it stands)
 	$(RUN) data/build_pydocs.py --out $(PYDOCS)
+
+train-teacher: $(SETUP) $(DATA) ## Stage 0, optional: a cross-encoder of your own for RECIPE ([train_teacher])
+	$(RUN) pipeline/train_teacher.py $(RECIPE) $(OPTIONS)
 
 teacher-scores: $(SETUP) $(DATA) ## Stage 1: candidates, score bank, score table of RECIPE
 	$(RUN) pipeline/teacher_scores.py $(RECIPE) $(OPTIONS)

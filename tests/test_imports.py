@@ -23,6 +23,7 @@ LINES = (
     ("mining", "teachers"),
     ("labels",),
     ("students", "training"),
+    ("teacher_training",),
     ("plan",),
     ("doctor", "gate", "dry_run", "experiment"),
     ("evaluation",),

@@ -7,6 +7,7 @@ files and the models' weights, about a second a gigabyte; a bm25 teacher's key i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,9 +20,24 @@ from sparsekd.collection.beir import Collection, collection_digest, read_collect
 from sparsekd.labels.building import incomplete_teachers, table_fields
 from sparsekd.mining.candidates import COLLECTION_FILES, candidates_fields, has_identity
 from sparsekd.mining.run_file import run_identity
-from sparsekd.recipe import BM25Teacher, DenseMiner, FileTeacher, Miner, Recipe, RunMiner, SparseMiner, StudentMiner, Teacher
+from sparsekd.recipe import (
+    TRAINED,
+    BM25Teacher,
+    DenseMiner,
+    FileTeacher,
+    Miner,
+    Recipe,
+    RunMiner,
+    SparseMiner,
+    StudentMiner,
+    Teacher,
+    TrainTeacher,
+)
 from sparsekd.students.identity import needs_passages, student_fields, training_fields
+from sparsekd.teacher_training.identity import find_trained, trained_teacher_fields
 from sparsekd.teachers.identity import bm25_identity, encoder_identity, file_identity, sparse_identity, teacher_identity
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_VERSION = 1
 """Raised when the same fields would give other rankings or figures."""
@@ -91,11 +107,45 @@ class Plan:
         )
 
     @cached_property
+    def teachers(self) -> tuple[Teacher | BM25Teacher | FileTeacher, ...]:
+        """The recipe's teachers, each ``trained:NAME`` replaced by its folder; FileNotFoundError if it was never trained."""
+        return tuple(self._with_folder(teacher) for teacher in self.recipe.teachers)
+
+    def _with_folder(self, teacher: Teacher | BM25Teacher | FileTeacher) -> Teacher | BM25Teacher | FileTeacher:
+        if not isinstance(teacher, Teacher) or not teacher.model.startswith(TRAINED):
+            return teacher
+        folder, section = find_trained(self.cache, teacher.model), self.recipe.train_teacher
+        if section is not None and teacher.model == TRAINED + section.name and folder.name != key_of(self.trained_teacher_fields):
+            logger.warning(
+                "teacher %s: %s was trained as %s, and this recipe would train %s now: make train-teacher RECIPE=... does",
+                teacher.name,
+                folder,
+                section.name,
+                key_of(self.trained_teacher_fields),
+            )
+        return teacher.model_copy(update={"model": str(folder)})
+
+    @property
+    def train_teacher(self) -> TrainTeacher:
+        """The section that says how a cross-encoder is fine-tuned; ValueError if the recipe has none."""
+        if self.recipe.train_teacher is None:
+            raise ValueError(
+                "the recipe has no [train_teacher], so there is nothing to train; add the section with a name and a model, "
+                "e.g. from pipeline/recipes/domain-adaptation.toml"
+            )
+        return self.recipe.train_teacher
+
+    @cached_property
+    def trained_teacher_fields(self) -> dict[str, Any]:
+        """What decides the recipe's own cross-encoder."""
+        return trained_teacher_fields(self.train_teacher, key_of(self.candidates_fields), self._dev_fields)
+
+    @cached_property
     def teacher_identities(self) -> dict[str, dict[str, Any]]:
         """Identity by teacher name."""
         if self.previous is not None:
             return self.previous.teacher_identities
-        return {teacher.name: self._teacher_identity(teacher) for teacher in self.recipe.teachers}
+        return {teacher.name: self._teacher_identity(teacher) for teacher in self.teachers}
 
     def _teacher_identity(self, teacher: Teacher | BM25Teacher | FileTeacher) -> dict[str, Any]:
         if isinstance(teacher, FileTeacher):
@@ -145,9 +195,13 @@ class Plan:
         """What decides the trained student."""
         fields = training_fields(self.recipe, key_of(self.table_fields), self.untrained_fields)
         if self.recipe.training.dev_steps is not None:
-            judged = collection_digest(self.collection_folder, ["queries.jsonl", "qrels/dev.tsv"])
-            fields["dev"] = {**judged, **self._passages_fields}
+            fields["dev"] = self._dev_fields
         return fields
+
+    @cached_property
+    def _dev_fields(self) -> dict[str, Any]:
+        judged = collection_digest(self.collection_folder, ["queries.jsonl", "qrels/dev.tsv"])
+        return {**judged, **self._passages_fields}
 
     @cached_property
     def _passages_fields(self) -> dict[str, Any]:
@@ -208,6 +262,7 @@ class Plan:
         """Return (kind, fields) of the artifacts of ``kinds``, in the order of work."""
         fields = {
             "candidates": lambda: self.candidates_fields,
+            "teachers": lambda: self.trained_teacher_fields,
             "tables": lambda: self.table_fields,
             "students": lambda: self.student_fields,
             "evaluations": self.evaluation_fields,

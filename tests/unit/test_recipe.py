@@ -533,3 +533,38 @@ def test_a_device_of_no_known_kind_is_refused(refusal: Refusal, device: str) -> 
     said = refusal(WHOLE, f'run.device="{device}"')
 
     assert said.startswith(f"[run] device = '{device}': string should match pattern '^(cpu|mps|cuda")
+
+
+OWN = '[train_teacher]\nname = "mine"\nmodel = "b"\n'
+
+
+def test_a_recipe_trains_no_teacher_unless_it_says_so(load: Callable[..., Recipe]) -> None:
+    assert load(WHOLE).train_teacher is None
+    assert load(WHOLE + OWN).train_teacher is not None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "teachers.t.model=trained:mine",
+            '[teachers.0] model = "trained:mine" is a cross-encoder, not "dense"; set kind = "cross-encoder"',
+        ),
+        (
+            "train_teacher.num_negatives=9",
+            "[train_teacher] num_negatives = 9, but the quotas of the miners add up to 8: every row would be dropped; raise "
+            "a quota or lower num_negatives",
+        ),
+        ("train_teacher.max_lenght=9", "[train_teacher] max_lenght is not a known key; did you mean max_length?"),
+        (
+            "train_teacher.loss=HingeLoss",
+            "[train_teacher] loss = 'HingeLoss': input should be 'LambdaLoss', 'ListNetLoss' or 'RankNetLoss'",
+        ),
+        (
+            'train_teacher.name="a/b"',
+            "[train_teacher] name = 'a/b': string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$'",
+        ),
+    ],
+)
+def test_what_cannot_train_a_teacher_is_refused(refusal: Refusal, override: str, message: str) -> None:
+    assert refusal(WHOLE + OWN, override) == message

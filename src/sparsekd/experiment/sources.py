@@ -41,8 +41,8 @@ class Experiment:
         return self.plan.collection
 
     def teacher(self, name: str) -> Teacher | BM25Teacher | FileTeacher:
-        """Return the recipe's teacher of that name."""
-        return next(teacher for teacher in self.recipe.teachers if teacher.name == name)
+        """Return the recipe's teacher of that name; one's own cross-encoder with the folder it was trained into."""
+        return next(teacher for teacher in self.plan.teachers if teacher.name == name)
 
     def vector_teacher(self) -> Teacher:
         """Return the one sparse teacher whose vectors label, for labels of kind embedding."""

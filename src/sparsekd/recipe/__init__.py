@@ -27,3 +27,5 @@ from sparsekd.recipe.sections import Run as Run
 from sparsekd.recipe.sections import Student as Student
 from sparsekd.recipe.sections import Teacher as Teacher
 from sparsekd.recipe.sections import Training as Training
+from sparsekd.recipe.teacher_training import TRAINED as TRAINED
+from sparsekd.recipe.teacher_training import TrainTeacher as TrainTeacher

@@ -35,6 +35,7 @@ from sparsekd.recipe.sections import (
     Teacher,
     Training,
 )
+from sparsekd.recipe.teacher_training import TrainTeacher
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -129,6 +130,7 @@ _MODELS: dict[str, type[BaseModel]] = {
     "student": Student,
     "budget": Budget,
     "training": Training,
+    "train_teacher": TrainTeacher,
     "evaluation": Evaluation,
     "run": Run,
 }

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
+from sparsekd.recipe.teacher_training import TRAINED
+
 if TYPE_CHECKING:
     from sparsekd.recipe.sections import Recipe
 
@@ -142,6 +144,22 @@ def check_pairings(recipe: Recipe) -> None:
     """Raise ValueError unless labels, losses, wrapper, regularizers and student fit each other, naming what would."""
     for check in (_check_loss_names, _check_student, _check_rows, _check_losses, _check_wrapper, _check_regularizers):
         check(recipe)
+
+
+def check_train_teacher(recipe: Recipe) -> None:
+    """Raise ValueError if [train_teacher] can never have a row, or a teacher of another kind is to be one's own cross-encoder."""
+    for position, teacher in enumerate(recipe.teachers):
+        model = getattr(teacher, "model", "")
+        if model.startswith(TRAINED) and teacher.kind != "cross-encoder":
+            raise ValueError(
+                f'[teachers.{position}] model = "{model}" is a cross-encoder, not "{teacher.kind}"; set kind = "cross-encoder"'
+            )
+    section, proposed = recipe.train_teacher, sum(miner.quota for miner in recipe.mining.miners)
+    if section is not None and section.num_negatives > proposed:
+        raise ValueError(
+            f"[train_teacher] num_negatives = {section.num_negatives}, but the quotas of the miners add up to {proposed}: "
+            "every row would be dropped; raise a quota or lower num_negatives"
+        )
 
 
 def is_custom(name: str) -> bool:

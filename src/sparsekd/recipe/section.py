@@ -6,6 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""What names in recipes are made of."""
+
 
 class Section(BaseModel):
     """A table of a recipe: no key but those named here, no value of another type, nothing changed once it is read."""

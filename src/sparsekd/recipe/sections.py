@@ -8,10 +8,9 @@ from pydantic import Field, model_validator
 
 from sparsekd.recipe import ensembles, rules
 from sparsekd.recipe.mining import Mining
-from sparsekd.recipe.section import EncoderSpec
+from sparsekd.recipe.section import NAME, EncoderSpec
 from sparsekd.recipe.section import Section as _Section
-
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+from sparsekd.recipe.teacher_training import TrainTeacher
 
 
 class Collection(_Section):
@@ -333,6 +332,8 @@ class Recipe(_Section):
 
     collection: Collection
     mining: Mining
+    train_teacher: TrainTeacher | None = None
+    """A cross-encoder to fine-tune before everything else (``make train-teacher``); None trains none."""
     teachers: tuple[Annotated[Teacher | BM25Teacher | FileTeacher, Field(discriminator="kind")], ...] = Field(
         min_length=1, strict=False
     )
@@ -349,4 +350,5 @@ class Recipe(_Section):
         rules.check_candidates_fill_rows(self)
         rules.check_rounds(self)
         rules.check_pairings(self)
+        rules.check_train_teacher(self)
         return self
