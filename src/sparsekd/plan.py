@@ -18,7 +18,7 @@ from sparsekd.collection.beir import Collection, collection_digest, read_collect
 from sparsekd.labels.building import incomplete_teachers, table_fields
 from sparsekd.mining.candidates import COLLECTION_FILES, candidates_fields, has_identity
 from sparsekd.mining.run_file import run_identity
-from sparsekd.recipe import BM25Teacher, DenseMiner, FileTeacher, Miner, Recipe, RunMiner, SparseMiner, Teacher
+from sparsekd.recipe import AnyTeacher, BM25Teacher, DenseMiner, FileTeacher, Miner, Recipe, RunMiner, SparseMiner
 from sparsekd.students.identity import needs_passages, student_fields, training_fields
 from sparsekd.teachers.identity import bm25_identity, encoder_identity, file_identity, sparse_identity, teacher_identity
 
@@ -56,7 +56,7 @@ class Plan:
         """Identity by teacher name."""
         return {teacher.name: self._teacher_identity(teacher) for teacher in self.recipe.teachers}
 
-    def _teacher_identity(self, teacher: Teacher | BM25Teacher | FileTeacher) -> dict[str, Any]:
+    def _teacher_identity(self, teacher: AnyTeacher) -> dict[str, Any]:
         if isinstance(teacher, FileTeacher):
             return file_identity(teacher.imported, teacher.fields)
         if isinstance(teacher, BM25Teacher):
@@ -126,7 +126,7 @@ class Plan:
                 systems[f"teacher:{teacher.name}"] = {"system": "bm25", "k1": teacher.k1, "b": teacher.b}
                 continue
             system: dict[str, Any] = {"system": teacher.kind, "identity": self.teacher_identities[teacher.name]}
-            if teacher.kind == "cross-encoder":
+            if teacher.kind not in ("dense", "sparse"):
                 system |= {**bm25, "rerank_depth": evaluation.rerank_depth}
             systems[f"teacher:{teacher.name}"] = system
         systems["student:untrained"] = {"system": "student", "untrained": self.untrained_fields}

@@ -12,20 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from sparsekd.overrides import apply_override
 from sparsekd.recipe.mining import BM25Miner, DenseMiner, Mining, NegativeFilter, RandomMiner, RunMiner, SparseMiner
-from sparsekd.recipe.sections import (
-    BM25Teacher,
-    Budget,
-    Calibration,
-    Collection,
-    Evaluation,
-    FileTeacher,
-    Labels,
-    Recipe,
-    Run,
-    Student,
-    Teacher,
-    Training,
-)
+from sparsekd.recipe.sections import Budget, Calibration, Collection, Evaluation, Labels, Recipe, Run, Student, Training
+from sparsekd.recipe.teachers import BM25Teacher, CallableTeacher, CausalLMTeacher, FileTeacher, Seq2SeqLMTeacher, Teacher
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -103,10 +91,21 @@ _MINERS: dict[str, type[BaseModel]] = {
     "run": RunMiner,
     "random": RandomMiner,
 }
+_TEACHERS: dict[str, type[BaseModel]] = {
+    "dense": Teacher,
+    "cross-encoder": Teacher,
+    "sparse": Teacher,
+    "late-interaction": Teacher,
+    "causal-lm": CausalLMTeacher,
+    "seq2seq-lm": Seq2SeqLMTeacher,
+    "callable": CallableTeacher,
+    "bm25": BM25Teacher,
+    "file": FileTeacher,
+}
 _KINDS: dict[str, dict[str, type[BaseModel]]] = {
     "miners": _MINERS,
     "fallback": _MINERS,
-    "teachers": {"dense": Teacher, "cross-encoder": Teacher, "sparse": Teacher, "bm25": BM25Teacher, "file": FileTeacher},
+    "teachers": _TEACHERS,
 }
 _MODELS: dict[str, type[BaseModel]] = {
     "collection": Collection,
