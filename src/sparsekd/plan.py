@@ -22,6 +22,7 @@ from sparsekd.mining.candidates import COLLECTION_FILES, candidates_fields, has_
 from sparsekd.mining.run_file import run_identity
 from sparsekd.recipe import (
     TRAINED,
+    AnyTeacher,
     BM25Teacher,
     DenseMiner,
     FileTeacher,
@@ -107,11 +108,11 @@ class Plan:
         )
 
     @cached_property
-    def teachers(self) -> tuple[Teacher | BM25Teacher | FileTeacher, ...]:
+    def teachers(self) -> tuple[AnyTeacher, ...]:
         """The recipe's teachers, each ``trained:NAME`` replaced by its folder; FileNotFoundError if it was never trained."""
         return tuple(self._with_folder(teacher) for teacher in self.recipe.teachers)
 
-    def _with_folder(self, teacher: Teacher | BM25Teacher | FileTeacher) -> Teacher | BM25Teacher | FileTeacher:
+    def _with_folder(self, teacher: AnyTeacher) -> AnyTeacher:
         if not isinstance(teacher, Teacher) or not teacher.model.startswith(TRAINED):
             return teacher
         folder, section = find_trained(self.cache, teacher.model), self.recipe.train_teacher
@@ -147,7 +148,7 @@ class Plan:
             return self.previous.teacher_identities
         return {teacher.name: self._teacher_identity(teacher) for teacher in self.teachers}
 
-    def _teacher_identity(self, teacher: Teacher | BM25Teacher | FileTeacher) -> dict[str, Any]:
+    def _teacher_identity(self, teacher: AnyTeacher) -> dict[str, Any]:
         if isinstance(teacher, FileTeacher):
             return file_identity(teacher.imported, teacher.fields)
         if isinstance(teacher, BM25Teacher):
@@ -238,7 +239,7 @@ class Plan:
                 systems[f"teacher:{teacher.name}"] = {"system": "bm25", "k1": teacher.k1, "b": teacher.b}
                 continue
             system: dict[str, Any] = {"system": teacher.kind, "identity": self.teacher_identities[teacher.name]}
-            if teacher.kind == "cross-encoder":
+            if teacher.kind not in ("dense", "sparse"):
                 system |= {**bm25, "rerank_depth": evaluation.rerank_depth}
             systems[f"teacher:{teacher.name}"] = system
         systems["student:untrained"] = {"system": "student", "untrained": self.untrained_fields}

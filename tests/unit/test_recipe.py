@@ -206,11 +206,13 @@ def test_an_unknown_key_is_refused_with_its_place_and_the_nearest(refusal: Refus
     [
         (
             COLLECTION + MINER + TEACHER + LEXICAL + 'model = "m"\n' + STUDENT,
-            "[teachers.1] model = 'm' acts on kind = \"dense\" or \"cross-encoder\" or \"sparse\" only; remove the key",
+            '[teachers.1] model = \'m\' acts on kind = "dense" or "cross-encoder" or "sparse" or "late-interaction" '
+            'or "causal-lm" or "seq2seq-lm" only; remove the key',
         ),
         (
             COLLECTION + MINER + LEXICAL + "max_length = 9\n" + STUDENT,
-            "[teachers.0] max_length = 9 acts on kind = \"dense\" or \"cross-encoder\" or \"sparse\" only; remove the key",
+            '[teachers.0] max_length = 9 acts on kind = "dense" or "cross-encoder" or "sparse" or "late-interaction" '
+            'or "causal-lm" or "seq2seq-lm" only; remove the key',
         ),
         (
             COLLECTION + MINER + TEACHER + "k1 = 0.9\n" + STUDENT,
@@ -243,7 +245,8 @@ def test_a_key_of_another_kind_is_refused_with_the_kinds_that_it_acts_on(refusal
         ),
         (
             COLLECTION + MINER + '[[teachers]]\nname = "t"\n' + STUDENT,
-            "[teachers.0] kind is missing; expected one of: dense, cross-encoder, sparse, bm25, file",
+            "[teachers.0] kind is missing; expected one of: dense, cross-encoder, sparse, "
+            "late-interaction, causal-lm, seq2seq-lm, callable, bm25, file",
         ),
         (
             COLLECTION + MINER + IMPORTED.replace("imported", "#") + STUDENT,
@@ -295,7 +298,8 @@ def test_a_missing_key_is_named(refusal: Refusal, text: str, message: str) -> No
         ("teachers.t.kind=bm52", "[teachers.0] kind = 'bm52' is not a known teacher; did you mean bm25?"),
         (
             "teachers.t.kind=x",
-            "[teachers.0] kind = 'x' is not a known teacher; expected one of: dense, cross-encoder, sparse, bm25, file",
+            "[teachers.0] kind = 'x' is not a known teacher; expected one of: dense, cross-encoder, sparse, "
+            "late-interaction, causal-lm, seq2seq-lm, callable, bm25, file",
         ),
         ("mining.fallback={quota = 1}", "[mining.fallback] kind is missing; expected one of: bm25, dense, sparse, run, random"),
         (

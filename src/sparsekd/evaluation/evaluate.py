@@ -16,7 +16,7 @@ from sparsekd.evaluation.measures import DEPTH, measure
 from sparsekd.evaluation.runs import Ranking, Rankings, write_trec_run
 from sparsekd.evaluation.systems import bm25_rankings, dense_rankings, judgements, rerank_rankings, sparse_teacher_rankings
 from sparsekd.experiment import Experiment, student
-from sparsekd.recipe import BM25Teacher, FileTeacher
+from sparsekd.recipe import BM25Teacher, FileTeacher, Teacher
 
 if TYPE_CHECKING:
     from sentence_transformers import SparseEncoder
@@ -76,9 +76,9 @@ def _rank(experiment: Experiment, name: str) -> tuple[Rankings, dict[str, float]
         assert not isinstance(teacher, FileTeacher), name
         if isinstance(teacher, BM25Teacher):
             return _to_depth(bm25_rankings(recipe, collection, split, teacher)), {}
-        if teacher.kind == "dense":
+        if isinstance(teacher, Teacher) and teacher.kind == "dense":
             return dense_rankings(teacher, recipe, collection, split, experiment.embedding_bank), {}
-        if teacher.kind == "sparse":
+        if isinstance(teacher, Teacher) and teacher.kind == "sparse":
             return sparse_teacher_rankings(teacher, recipe, collection, split, experiment.embedding_bank)
         bm25 = bm25_rankings(recipe, collection, split)
         return rerank_rankings(teacher, recipe, collection, bm25, experiment.score_bank), {}

@@ -1,7 +1,7 @@
 """What the student is compared with: BM25, and each teacher in the role it can play.
 
-A dense, sparse or bm25 teacher searches all passages; a cross-encoder reranks BM25's best. Vectors and scores go through the bank,
-so a second evaluation loads no teacher. A reranking is ``evaluation.rerank_depth`` deep, every other at least DEPTH.
+A dense, sparse or bm25 teacher searches all passages; one that scores pairs reranks BM25's best. Vectors and scores go through
+the bank, so a second evaluation loads no teacher. A reranking is ``evaluation.rerank_depth`` deep, every other at least DEPTH.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from sparsekd.labels.banked import BankedScores
 from sparsekd.mining.bm25 import BM25Index
 from sparsekd.mining.dense import dense_search
 from sparsekd.mining.ranking import Scores
-from sparsekd.recipe import BM25Teacher, Recipe, Teacher
-from sparsekd.teachers.cross_encoder import CrossEncoderScorer
+from sparsekd.recipe import BM25Teacher, CallableTeacher, Recipe, Teacher, TokenLogitTeacher
 from sparsekd.teachers.dense import DenseEncoder
 from sparsekd.teachers.embedding import banked_vectors
 from sparsekd.teachers.protocols import Encoder, Scorer
+from sparsekd.teachers.scorers import make_scorer
 from sparsekd.teachers.scoring import PairTexts, bank_scorer
 from sparsekd.teachers.sparse import SparseTeacher, banked_sparse_vectors
 
@@ -103,10 +103,14 @@ def sparse_teacher_rankings(
 
 
 def rerank_rankings(
-    teacher: Teacher, recipe: Recipe, collection: Collection, first: Rankings, bank: ScoreBank
+    teacher: Teacher | TokenLogitTeacher | CallableTeacher,
+    recipe: Recipe,
+    collection: Collection,
+    first: Rankings,
+    bank: ScoreBank,
 ) -> dict[str, Ranking]:
-    """Return a cross-encoder's order of the best ``evaluation.rerank_depth`` passages of ``first`` (BM25's rankings)."""
-    return scorer_rankings(CrossEncoderScorer(teacher, recipe.run), teacher.name, recipe, collection, first, bank)
+    """Return a teacher's order, pair by pair, of the best ``evaluation.rerank_depth`` passages of ``first`` (BM25's rankings)."""
+    return scorer_rankings(make_scorer(teacher, recipe.run), teacher.name, recipe, collection, first, bank)
 
 
 def scorer_rankings(

@@ -21,21 +21,9 @@ from sparsekd.recipe.mining import (
     SparseMiner,
     StudentMiner,
 )
-from sparsekd.recipe.sections import (
-    BM25Teacher,
-    Budget,
-    Calibration,
-    Collection,
-    Evaluation,
-    FileTeacher,
-    Labels,
-    Recipe,
-    Run,
-    Student,
-    Teacher,
-    Training,
-)
+from sparsekd.recipe.sections import Budget, Calibration, Collection, Evaluation, Labels, Recipe, Run, Student, Training
 from sparsekd.recipe.teacher_training import TrainTeacher
+from sparsekd.recipe.teachers import BM25Teacher, CallableTeacher, CausalLMTeacher, FileTeacher, Seq2SeqLMTeacher, Teacher
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -113,10 +101,21 @@ _MINERS: dict[str, type[BaseModel]] = {
     "run": RunMiner,
     "random": RandomMiner,
 }
+_TEACHERS: dict[str, type[BaseModel]] = {
+    "dense": Teacher,
+    "cross-encoder": Teacher,
+    "sparse": Teacher,
+    "late-interaction": Teacher,
+    "causal-lm": CausalLMTeacher,
+    "seq2seq-lm": Seq2SeqLMTeacher,
+    "callable": CallableTeacher,
+    "bm25": BM25Teacher,
+    "file": FileTeacher,
+}
 _KINDS: dict[str, dict[str, type[BaseModel]]] = {
     "miners": _MINERS,
     "fallback": _MINERS,
-    "teachers": {"dense": Teacher, "cross-encoder": Teacher, "sparse": Teacher, "bm25": BM25Teacher, "file": FileTeacher},
+    "teachers": _TEACHERS,
 }
 _MODELS: dict[str, type[BaseModel]] = {
     "collection": Collection,

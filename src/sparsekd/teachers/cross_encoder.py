@@ -93,7 +93,7 @@ class CrossEncoderScorer:
         if first.transformer_task != "sequence-classification" or "message" in first.modality_config:
             raise ValueError(
                 f"teacher {self._teacher.name!r}: {self._teacher.model} is a {first.transformer_task} model; "
-                "expected a checkpoint with a sequence-classification head over text pairs"
+                "expected a checkpoint with a sequence-classification head over text pairs; for a decoder say kind = \"causal-lm\""
             )
         self._refuse_fresh_weights(folder)
         tokenizer = PairTokenizer(model.tokenizer, length_limit(model, self._teacher), self._teacher.name)

@@ -77,15 +77,26 @@ def bank_scores(
 
 
 def bank_scorer(
-    scorer: Scorer, name: str, run: Run, scores: TeacherScores, texts: PairTexts, *, by_query: bool = False
+    scorer: Scorer,
+    name: str,
+    run: Run,
+    scores: TeacherScores,
+    texts: PairTexts,
+    *,
+    by_query: bool = False,
+    by_passage: bool = False,
 ) -> ScoringCounts:
     """Fill ``scores`` from any Scorer; ``name`` is for the log.
 
-    ``by_query`` hands over the pairs of one query together, for a scorer that texts of mixed lengths cost nothing.
+    ``by_query`` hands over the pairs of one query together, for a scorer that texts of mixed lengths cost nothing; ``by_passage``
+    those of one passage, for one that keeps what it made of the latest texts.
     """
     pairs = _look_up(scores, texts)
     if by_query:
         pairs = replace(pairs, missing=np.sort(pairs.missing))  # pairs are in order of query keys
+    if by_passage:
+        keys_M2 = pairs.passage_keys[pairs.missing]
+        pairs = replace(pairs, missing=pairs.missing[np.lexsort((keys_M2[:, 1], keys_M2[:, 0]))])
 
     if isinstance(scorer, BatchedScorer):
         _commit_shards(pairs, lambda shards, bar: _score_ahead(scorer, pairs, shards, bar), name, run, scores)
