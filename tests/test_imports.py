@@ -26,6 +26,7 @@ LINES = (
     ("plan",),
     ("doctor", "gate", "dry_run", "experiment"),
     ("evaluation",),
+    ("report",),
     ("exchange",),
     ("stage", "cli"),
 )
@@ -41,6 +42,7 @@ WITHOUT_TORCH = (
     "gate",
     "dry_run",
     "experiment",
+    "report",
     "exchange",
     "stage",
     "cli",
