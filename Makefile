@@ -41,14 +41,16 @@ train-teacher: $(SETUP) $(DATA) ## Stage 0, optional: a cross-encoder of your ow
 teacher-scores: $(SETUP) $(DATA) ## Stage 1: candidates, score bank, score table of RECIPE
 	$(RUN) pipeline/teacher_scores.py $(RECIPE) $(OPTIONS)
 
-train-student: $(SETUP) $(DATA) ## Everything: data, stage 1 where missing, the student, its evaluation
+train-student: $(SETUP) $(DATA) ## Everything: data, stage 1 where missing, the student, its evaluation, its page
 	$(RUN) pipeline/train_student.py $(RECIPE) $(OPTIONS)
 	$(RUN) pipeline/evaluate.py $(RECIPE) $(OPTIONS)
+	$(RUN) pipeline/report.py $(RECIPE) $(OPTIONS)
 
 evaluate: $(SETUP) $(DATA) ## Measure BM25, teachers, untrained and trained student
 	$(RUN) pipeline/evaluate.py $(RECIPE) $(OPTIONS)
 
-report: evaluate ## Print the table of metrics of RECIPE on the terminal (evaluates first where needed)
+report: $(SETUP) $(DATA) ## One HTML page of RECIPE as far as it has come; makes nothing else
+	$(RUN) pipeline/report.py $(RECIPE) $(OPTIONS)
 
 test: $(SETUP) ## Fast tests: offline, CPU
 	$(RUN) -m pytest $(SPREAD) -m "$(FAST)"

@@ -27,6 +27,7 @@ LINES = (
     ("plan",),
     ("doctor", "gate", "dry_run", "experiment"),
     ("evaluation",),
+    ("report",),
     ("exchange",),
     ("stage", "cli"),
 )
@@ -42,6 +43,7 @@ WITHOUT_TORCH = (
     "gate",
     "dry_run",
     "experiment",
+    "report",
     "exchange",
     "stage",
     "cli",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sparsekd.artifact import IntegrityError
 from sparsekd.plan import Plan
-from sparsekd.provenance import command
+from sparsekd.provenance import command, heard_warnings
 from sparsekd.recipe import load_recipe
 from sparsekd.training.stopping import StoppedError
 
@@ -93,6 +93,7 @@ def _prepare(log_level: str, threads: int | None) -> None:
     """Send logs to stderr and set what libraries read from the environment before they are imported."""
     level = log_level if _is_first() else "WARNING"
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    heard_warnings().messages.clear()
     for name in ("httpx", "sentence_transformers", "transformers", "datasets", "faiss", "filelock", "bm25s"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

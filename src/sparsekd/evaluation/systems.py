@@ -44,16 +44,19 @@ def judgements(recipe: Recipe, collection: Collection, split: str) -> Qrels:
     return collection.qrels[split]
 
 
-def bm25_rankings(
-    recipe: Recipe, collection: Collection, split: str, teacher: BM25Teacher | None = None
-) -> dict[str, Ranking]:
+def bm25_index(recipe: Recipe, collection: Collection, teacher: BM25Teacher | None = None) -> BM25Index:
+    """Return BM25 over the passages. k1 and b are the teacher's; without one the evaluation's, the baseline."""
+    settings = teacher or recipe.evaluation
+    return BM25Index(collection.passages, settings.k1, settings.b)
+
+
+def bm25_rankings(recipe: Recipe, collection: Collection, split: str, *, index: BM25Index | None = None) -> dict[str, Ranking]:
     """Return BM25's ranking of every judged query, DEPTH or ``evaluation.rerank_depth`` deep, whichever is more.
 
-    k1 and b are the teacher's; without one the evaluation's, the baseline.
+    ``index`` searches; without one the baseline's is built.
     """
     query_ids = list(judgements(recipe, collection, split))
-    settings = teacher or recipe.evaluation
-    index = BM25Index(collection.passages, settings.k1, settings.b)
+    index = index or bm25_index(recipe, collection)
     depth = max(DEPTH, recipe.evaluation.rerank_depth)
     ids, scores = index.search([collection.queries[query_id] for query_id in query_ids], depth)
     return _by_query(query_ids, ids, scores)
