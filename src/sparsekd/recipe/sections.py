@@ -38,11 +38,10 @@ class Teacher(EncoderSpec):
     """Before it scores 20,000 pairs or more, have it rerank BM25's best passages of judged queries, and stop the run if it ranks
     worse than BM25: a broken teacher costs minutes, not hours. Changes no score."""
     backend: Literal["torch", "openvino"] = "torch"
-    """What computes a cross-encoder. ``openvino`` is faster on a CPU and equal up to float rounding; it needs the extra openvino. Torch
-    is the default because it takes every architecture and device."""
+    """What computes a cross-encoder. ``openvino`` takes BERT's kind on a CPU, equal up to float rounding, and needs the extra of
+    that name. Torch is the default because it takes every architecture and device."""
     quantization: Literal["int8"] | None = None
-    """``int8``: matrices and activations of a cross-encoder on openvino in 8 bits, faster and other scores (docs/numbers.md). None
-    leaves them in ``dtype``."""
+    """``int8``: a cross-encoder on openvino multiplies in 8 bits: faster, other scores (docs/numbers.md). None: in ``dtype``."""
 
     @model_validator(mode="after")
     def _backend_computes_it(self) -> Self:

@@ -106,7 +106,7 @@ def test_openvino_on_a_gpu_is_refused(tiny_cross_encoder_folder: Path, monkeypat
     from sparsekd.teachers.openvino_model import OpenVINOClassifier
 
     with pytest.raises(ValueError, match=r'backend = "openvino" runs on the CPU, and \[run\] device = \'cuda\''):
-        OpenVINOClassifier(None, teacher(tiny_cross_encoder_folder, backend="openvino"), Run(device="cuda"))
+        OpenVINOClassifier(None, teacher(tiny_cross_encoder_folder, backend="openvino"), Run(device="cuda"), has_types=True)
 
 
 def test_a_missing_openvino_is_said_with_what_to_do(tiny_cross_encoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,4 +142,15 @@ def test_torchs_identity_has_no_field_for_what_it_does_not_do(tiny_cross_encoder
     fields = teacher_identity(teacher(tiny_cross_encoder_folder))
 
     assert fields["backend"] == "torch"
-    assert [*fields] == ["stage", "kind", "activation", "weights", "max_length", "query_prompt", "passage_prompt", "dtype", "backend", "trust_remote_code"]
+    assert [*fields] == [
+        "stage",
+        "kind",
+        "activation",
+        "weights",
+        "max_length",
+        "query_prompt",
+        "passage_prompt",
+        "dtype",
+        "backend",
+        "trust_remote_code",
+    ]
