@@ -1,10 +1,12 @@
-"""Scoring pairs with a cross-encoder: sentence-transformers' CrossEncoder.predict against this project's scorer, on torch and OpenVINO.
+"""Scoring pairs with a cross-encoder: CrossEncoder.predict of sentence-transformers against this project's scorer, on torch and
+OpenVINO.
 
 All run on one model (same weights, same pairs), turn by turn in one process; ratios are taken round by round, above 1 where ours is
-better, against predict at its default batch size and at the best of several. Seconds are CPU seconds of the process on a CPU, so that
-other work on the machine does not count, and the clock's on a GPU. Both tokenize within what is timed. Texts are docstrings of the
-Python that runs this: short pairs of about 100 tokens, long ones of about 300. The model is all-MiniLM-L6-v2 under a head from a fixed
-seed, or --model. Peak memory is taken in a fresh process at some number of pairs and at ten times it. Nothing is downloaded.
+better, against predict at its default batch size and at the best of several. Seconds are CPU seconds of the process on a CPU, so
+that other work on the machine does not count, and the clock's on a GPU. Both tokenize within what is timed. Texts are docstrings of
+the Python that runs this: short pairs of about 100 tokens, long ones of about 400. The model is all-MiniLM-L6-v2 under a head from
+a fixed seed, or --model. Peak memory is taken in a fresh process at some number of pairs and at ten times it. Nothing is
+downloaded.
 
     python benchmarks/scoring.py --threads 1
     python benchmarks/scoring.py --quick --model FOLDER
@@ -35,7 +37,7 @@ DEFAULT_SIZE = 32
 MAX_LENGTH = 512
 PASSAGES_PER_QUERY = 8
 TOKENS = {"short": (60, 160), "long": (220, MAX_LENGTH)}
-"""Of a pair: about 100 and about 300 on average."""
+"""Of a pair: about 100 and about 400 on average."""
 OURS: dict[str, dict[str, str]] = {
     "torch": {},
     "openvino": {"backend": "openvino"},
@@ -77,7 +79,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--memory-pairs", type=int, default=2000, help="pairs of a few words for the smaller measure of memory")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="compute threads (default: torch's)")
-    parser.add_argument("--model", type=Path, help="a trained cross-encoder's folder (default: MiniLM under a head from a fixed seed)")
+    parser.add_argument(
+        "--model", type=Path, help="a trained cross-encoder's folder (default: MiniLM under a head from a fixed seed)"
+    )
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
@@ -126,7 +130,10 @@ def compare(options: argparse.Namespace, peer: Any, scorers: dict[str, Any], pai
     from scipy.stats import kendalltau
 
     paths: Paths = {f"predict {size}": predict(peer, pairs, size) for size in BATCH_SIZES}
-    for path in (lambda: peer.predict(pairs[:8], show_progress_bar=False), *(lambda s=s: s.score(pairs[:8]) for s in scorers.values())):
+    for path in (
+        lambda: peer.predict(pairs[:8], show_progress_bar=False),
+        *(lambda s=s: s.score(pairs[:8]) for s in scorers.values()),
+    ):
         path()  # what is made at the first call is not timed
     ours: Paths = {name: (lambda own=own: own.score(pairs)) for name, own in scorers.items()}
     first = timed(options.device, paths | ours)
@@ -266,7 +273,9 @@ def peak_memory(options: argparse.Namespace) -> float:
     from sparsekd.recipe import Run
     from sparsekd.teachers.scoring import PairTexts, bank_scorer
 
-    texts = [" ".join(text.split()[:4]) + f" {number}" for number, text in enumerate(training_step.docstrings(options.memory_pairs // 4))]
+    texts = [
+        " ".join(text.split()[:4]) + f" {number}" for number, text in enumerate(training_step.docstrings(options.memory_pairs // 4))
+    ]
     num_passages = options.memory_pairs // 4
     num_queries = options.measure // num_passages
     queries, passages = [f"query {number}" for number in range(num_queries)], texts[:num_passages]

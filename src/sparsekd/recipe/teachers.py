@@ -35,11 +35,10 @@ class Teacher(_GatedTeacher, EncoderSpec):
     SparseEncoder's vectors. ``late-interaction``: MaxSim of a MultiVectorEncoder's token vectors; max_length bounds passages
     alone, queries keep the model's own width."""
     backend: Literal["torch", "openvino"] = "torch"
-    """What computes a cross-encoder. ``openvino`` is faster on a CPU and equal up to float rounding; it needs the extra openvino. Torch
-    is the default because it takes every architecture and device."""
+    """What computes a cross-encoder. ``openvino`` takes BERT's kind on a CPU, equal up to float rounding, and needs the extra of
+    that name. Torch is the default because it takes every architecture and device."""
     quantization: Literal["int8"] | None = None
-    """``int8``: matrices and activations of a cross-encoder on openvino in 8 bits, faster and other scores (docs/numbers.md). None
-    leaves them in ``dtype``."""
+    """``int8``: a cross-encoder on openvino multiplies in 8 bits: faster, other scores (docs/numbers.md). None: in ``dtype``."""
 
     @model_validator(mode="after")
     def _backend_computes_it(self) -> Self:

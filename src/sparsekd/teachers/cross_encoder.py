@@ -1,12 +1,13 @@
 """A cross-encoder as a Scorer: the raw logit of each (query, passage) pair, float32, no activation.
 
-sentence-transformers loads the model; tokenising, batching and cutting are ours. The model runs without padding and computes its last
-layer for the pooled token only, where its architecture allows. A pair over the limit loses the end of its passage, never of its
-query, and is counted. A checkpoint without a trained head, which transformers would load with a random one, is refused.
+sentence-transformers loads the model; tokenising, batching and cutting are ours. The model runs without padding and computes its
+last layer for the pooled token only, where its architecture allows. A pair over the limit loses the end of its passage, never of
+its query, and is counted. A checkpoint without a trained head, which transformers would load with a random one, is refused.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -65,7 +66,8 @@ class CrossEncoderScorer:
     def score_tokens(self, tokens: PairTokens, done: Callable[[int], object]) -> NDArray[np.float32]:
         """Return float32 [n]: the logits of tokenized pairs; ``done`` is told how many, batch by batch.
 
-        Where memory runs out, half as many tokens per forward pass are tried, and kept to. Raises ValueError if a score is not finite.
+        Where memory runs out, half as many tokens per forward pass are tried, and kept to. Raises ValueError if a score is not
+        finite.
         """
         _, forward, budget = self._loaded()
         gold_sim_N = forward_batches(lambda batch: forward(tokens, batch), tokens.lengths, budget, done)
@@ -83,6 +85,8 @@ class CrossEncoderScorer:
         from sentence_transformers import CrossEncoder
 
         folder = resolve(self._teacher.model).path
+        if self._teacher.backend == "openvino":  # takes float32 weights and rounds where it multiplies
+            arguments["model_kwargs"] = {"dtype": torch.float32}
         model = CrossEncoder(str(folder), activation_fn=torch.nn.Identity(), **arguments)
         if model.num_labels != 1:
             raise ValueError(
@@ -98,11 +102,11 @@ class CrossEncoderScorer:
         self._refuse_fresh_weights(folder)
         tokenizer = PairTokenizer(model.tokenizer, length_limit(model, self._teacher), self._teacher.name)
         budget = TokenBudget(forward_tokens(self._run.batch_tokens, model.device.type))
-        return tokenizer, self._forward(model.eval()), budget
+        return tokenizer, self._forward(model.eval(), tokenizer.has_types), budget
 
-    def _forward(self, model: Any) -> Forward:
+    def _forward(self, model: Any, has_types: bool) -> Forward:
         if self._teacher.backend == "openvino":
-            return _exported(model[0], self._teacher, self._run)
+            return _exported(model[0], self._teacher, self._run, has_types)
         from sparsekd.teachers.pooled_token import pack
 
         reason: str | None = "[run] packed = false"
@@ -146,10 +150,10 @@ class CrossEncoderScorer:
             )
 
 
-def _exported(transformer: Any, teacher: Teacher, run: Run) -> Forward:
+def _exported(transformer: Any, teacher: Teacher, run: Run, has_types: bool) -> Forward:
     from sparsekd.teachers.openvino_model import OpenVINOClassifier
 
-    classifier = OpenVINOClassifier(transformer, teacher, run)
+    classifier = OpenVINOClassifier(transformer, teacher, run, has_types=has_types and _takes_types(transformer.model))
 
     def forward(tokens: PairTokens, batch: NDArray[np.int64]) -> Callable[[], NDArray[np.float32]]:
         scores = classifier(tokens, batch)
@@ -164,12 +168,14 @@ def _packed(transformer: Any) -> Forward:
     from sparsekd.teachers.pooled_token import packed_logits, position_offset
 
     model, offset = transformer.model, position_offset(transformer)
-    has_types = "token_type_ids" in transformer.tokenizer.model_input_names
+    takes_types = _takes_types(model)
 
     def forward(tokens: PairTokens, batch: NDArray[np.int64]) -> Callable[[], NDArray[np.float32]]:
-        ids, types = (None if part is None else _moved(torch.from_numpy(part), model.device) for part in tokens.flat(batch))
+        ids, types = tokens.flat(batch)
+        ids_T = _moved(torch.from_numpy(ids), model.device)
+        types_T = _moved(torch.from_numpy(types), model.device) if takes_types and types is not None else None
         with torch.inference_mode():
-            logits = packed_logits(model, ids, types if has_types else None, tokens.lengths[batch].tolist(), offset)
+            logits = packed_logits(model, ids_T, types_T, tokens.lengths[batch].tolist(), offset)
         return lambda: _scores(logits)
 
     return forward
@@ -191,6 +197,11 @@ def _padded(model: Any) -> Forward:
         return lambda: _scores(logits)
 
     return forward
+
+
+def _takes_types(model: Any) -> bool:
+    """Tell whether a model reads the token types that its tokenizer may give: DistilBERT does not."""
+    return "token_type_ids" in inspect.signature(model.forward).parameters
 
 
 def _moved(tensor: Any, device: Any) -> Any:

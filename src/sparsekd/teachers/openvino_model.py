@@ -1,8 +1,8 @@
 """A cross-encoder's classifier on OpenVINO's CPU plugin: texts of one length, no padding, the last layer for the pooled token only.
 
-torch's own exporter gives the graph, OpenVINO takes it as it is: no ONNX. ``float32`` is float32 (OpenVINO's own default on a CPU with
-bfloat16 units is not); ``bfloat16`` is refused where the CPU has none. int8: weights to 8 bits, one scale and zero point per row of
-a matrix; activations to 8 bits per token and 128 dims as they come, so that no score depends on the batch it was computed in.
+torch's own exporter gives the graph, OpenVINO takes it as it is: no ONNX. ``float32`` is float32 (OpenVINO's own default on a CPU
+with bfloat16 units is not); ``bfloat16`` is refused where the CPU has none. int8: weights to 8 bits, one scale and zero point per
+row of a matrix; activations to 8 bits per token and 128 dims as they come, so that no score depends on the batch it came in.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from sparsekd.teachers.pair_tokens import PairTokens
 from sparsekd.teachers.pooled_token import UNMASKED, attend_unmasked, position_offset, shorten_last_layer
 
 _EXAMPLE = (3, 11)  # texts and tokens of the call that is traced; both are free in the graph
-# Dims of a token's activations that share a scale. MiniLM, time of fp32 over time of int8: 32 1.26, 64 1.52, 128 1.65, 384 1.65; largest
-# error at 384 twice that at 128.
+# Dims of a token's activations that share a scale. MiniLM, time of fp32 over time of int8: 32 1.26, 64 1.52, 128 1.65, 384 1.65;
+# largest error at 384 twice that at 128.
 _GROUP = "128"
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -31,13 +31,14 @@ _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 class OpenVINOClassifier:
     """Scores batches of tokenized pairs."""
 
-    def __init__(self, transformer: Any, teacher: Teacher, run: Run) -> None:
+    def __init__(self, transformer: Any, teacher: Teacher, run: Run, *, has_types: bool) -> None:
         """Export and compile a sentence-transformers Transformer's classifier, whose module is then of no other use.
 
         Raises ValueError where OpenVINO is missing, the device is no CPU, the CPU lacks the precision, or the architecture is one
         whose last layer cannot be computed for the pooled token only.
         """
         openvino = _openvino(teacher)
+        self._has_types = has_types
         if run.device != "cpu":
             raise ValueError(f'teacher {teacher.name!r}: backend = "openvino" runs on the CPU, and [run] device = {run.device!r}')
         core = openvino.Core()
@@ -49,7 +50,7 @@ class OpenVINOClassifier:
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's exporter about its own pytrees
-            program = _exported(transformer, teacher)
+            program = _exported(transformer, teacher, has_types)
             graph = openvino.convert_model(program, share_weights=False)  # the module's weights go when it does
         if teacher.quantization == "int8":
             _quantize_weights(graph)
@@ -67,8 +68,8 @@ class OpenVINOClassifier:
         scores = []
         for length, run in itertools.groupby(batch, key=lambda position: tokens.lengths[position]):
             ids, types = tokens.flat(np.fromiter(run, dtype=np.int64))
-            inputs = [part.reshape(-1, length) for part in (ids, types) if part is not None]
-            scores.append(np.array(self._compiled(inputs[: len(self._compiled.inputs)])[0], dtype=np.float32).reshape(-1))
+            inputs = [part.reshape(-1, length) for part in (ids, types if self._has_types else None) if part is not None]
+            scores.append(np.array(self._compiled(inputs)[0], dtype=np.float32).reshape(-1))
         return np.concatenate(scores)
 
 
@@ -86,7 +87,7 @@ class _Rectangular(nn.Module):
         return logits
 
 
-def _exported(transformer: Any, teacher: Teacher) -> Any:
+def _exported(transformer: Any, teacher: Teacher, has_types: bool) -> Any:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -99,7 +100,7 @@ def _exported(transformer: Any, teacher: Teacher) -> Any:
             'backend = "openvino" takes; set backend = "torch"'
         )
     model.config._attn_implementation = UNMASKED
-    names = ["ids", "types"] if "token_type_ids" in transformer.tokenizer.model_input_names else ["ids"]
+    names = ["ids", "types"] if has_types else ["ids"]
     example = tuple(torch.ones(_EXAMPLE, dtype=torch.int64) for _ in names)
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     with evaluating(model), torch.no_grad():
@@ -124,9 +125,7 @@ def _quantize_weights(graph: Any) -> None:
         scale[scale == 0] = 1  # a row of zeros
         zero = np.round(-low / scale)
         quantized = np.clip(np.round(weights / scale) + zero, 0, 255).astype(np.uint8)
-        centred = ops.subtract(
-            ops.convert(ops.constant(quantized), "f32"), ops.convert(ops.constant(zero.astype(np.uint8)), "f32")
-        )
+        centred = ops.subtract(ops.convert(ops.constant(quantized), "f32"), ops.convert(ops.constant(zero.astype(np.uint8)), "f32"))
         product = ops.matmul(
             node.input_value(0), ops.multiply(centred, ops.constant(scale)), node.get_attributes()["transpose_a"], True
         )

@@ -72,6 +72,11 @@ class PairTokenizer:
         self._known: dict[str, Ids] = {}
         self._template = self._read_template()
 
+    @property
+    def has_types(self) -> bool:
+        """Whether the tokenizer tells the parts of a pair apart by token types."""
+        return self._template.types is not None
+
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> PairTokens:
         """Tokenize pairs; ValueError if a query alone leaves no room for a passage, naming how many and the first."""
         unique = list(dict.fromkeys(text for pair in pairs for text in pair))
@@ -161,8 +166,8 @@ class PairTokenizer:
             found, types = tokens.flat(np.array([number]))
             if found.tolist() != expected or (None if types is None else types.tolist()) != expected_types:
                 raise ValueError(
-                    f"teacher {self._teacher!r}: its tokenizer encodes the pair {query!r}, {passage!r} as {expected}, "
-                    f"but the texts apart and its special tokens make {found.tolist()}; expected a tokenizer that encodes the texts "
+                    f"teacher {self._teacher!r}: its tokenizer encodes the pair {query!r}, {passage!r} as {expected}, but "
+                    f"the texts apart and its special tokens make {found.tolist()}; expected a tokenizer that encodes the texts "
                     "of a pair independently; score with it elsewhere and import the scores"
                 )
 

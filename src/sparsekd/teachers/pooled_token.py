@@ -124,30 +124,40 @@ def _attend_first(
 ) -> Tensor:
     """Attend from each text's first token to all of its tokens; returns [B, 1, H, D]."""
     query = query_B1HD.transpose(1, 2)
-    if query.device.type == "cpu":  # no padding: one call per run of texts of one length, on views
-        runs = [(length, len(list(run))) for length, run in itertools.groupby(cu_seq_lens.diff().tolist())]
-        texts, tokens = [count for _, count in runs], [length * count for length, count in runs]
-        outputs = []
-        for (length, count), own, key, value in zip(
-            runs, query.split(texts), key_THD.split(tokens), value_THD.split(tokens), strict=True
-        ):
-            keys, values = (states.unflatten(0, (count, length)).transpose(1, 2) for states in (key, value))
-            outputs.append(scaled_dot_product_attention(own, keys, values, scale=scaling))
-        return torch.cat(outputs).transpose(1, 2)
-    num_texts, num_tokens = len(query), len(key_THD)
+    if query.device.type == "cpu":
+        return _attend_runs(query, key_THD, value_THD, cu_seq_lens.diff().tolist(), scaling).transpose(1, 2)
+    return _attend_padded(query, key_THD, value_THD, cu_seq_lens, longest, scaling).transpose(1, 2)
+
+
+def _attend_runs(query: Tensor, key_THD: Tensor, value_THD: Tensor, lengths: list[int], scaling: float) -> Tensor:
+    """No padding: one call per run of texts of one length, on views."""
+    runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
+    texts, tokens = [count for _, count in runs], [length * count for length, count in runs]
+    parts = (torch.split(query, texts), torch.split(key_THD, tokens), torch.split(value_THD, tokens))
+    outputs = []
+    for (length, count), own, *others in zip(runs, *parts, strict=True):
+        keys, values = (torch.unflatten(other, 0, (count, length)).transpose(1, 2) for other in others)
+        outputs.append(scaled_dot_product_attention(own, keys, values, scale=scaling))
+    return torch.cat(outputs)
+
+
+def _attend_padded(query: Tensor, key_THD: Tensor, value_THD: Tensor, cu_seq_lens: Tensor, longest: int, scaling: float) -> Tensor:
+    """Keys and values padded, without a wait for the device: with one query per text that is a copy and little else."""
+    num_texts, num_tokens, device = len(query), len(key_THD), query.device
     length_B, starts_B = cu_seq_lens.diff().long(), cu_seq_lens[:-1].long()
-    text_T = torch.repeat_interleave(torch.arange(num_texts, device=query.device), length_B, output_size=num_tokens)
-    place_T = torch.arange(num_tokens, device=query.device) - starts_B[text_T]
-    padded = []
-    for states in (key_THD, value_THD):
+    text_T = torch.repeat_interleave(torch.arange(num_texts, device=device), length_B, output_size=num_tokens)
+    place_T = torch.arange(num_tokens, device=device) - starts_B[text_T]
+
+    def padded(states: Tensor) -> Tensor:
         blank = states.new_zeros(num_texts, longest, *states.shape[1:])
-        padded.append(blank.index_put((text_T, place_T), states).transpose(1, 2))
-    mask = (torch.arange(longest, device=query.device) < length_B.unsqueeze(1))[:, None, None]
-    return scaled_dot_product_attention(query, *padded, attn_mask=mask, scale=scaling).transpose(1, 2)
+        return blank.index_put((text_T, place_T), states).transpose(1, 2)
+
+    mask = (torch.arange(longest, device=device) < length_B.unsqueeze(1))[:, None, None]
+    return scaled_dot_product_attention(query, padded(key_THD), padded(value_THD), attn_mask=mask, scale=scaling)
 
 
 def _bert_parts(layer: Any) -> tuple[Any, ...] | None:
-    own = getattr(getattr(layer, "attention", None), "self", None)
+    own: Any = getattr(getattr(layer, "attention", None), "self", None)
     if not all(hasattr(own, name) for name in ("query", "key", "value", "num_attention_heads", "scaling")):
         return None
     if not all(hasattr(layer, name) for name in ("intermediate", "output")) or not hasattr(layer.attention, "output"):
@@ -162,7 +172,7 @@ def _bert_parts(layer: Any) -> tuple[Any, ...] | None:
 
 
 def _distilbert_parts(layer: Any) -> tuple[Any, ...] | None:
-    own = getattr(layer, "attention", None)
+    own: Any = getattr(layer, "attention", None)
     if not all(hasattr(own, name) for name in ("q_lin", "k_lin", "v_lin", "out_lin", "n_heads", "scaling")):
         return None
 

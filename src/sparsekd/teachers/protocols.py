@@ -59,8 +59,8 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class BatchedScorer(Scorer, Protocol):
-    """A Scorer in two steps, so that a shard's tokens are made beside the model's work on the one before, and batches are formed over
-    a whole shard.
+    """A Scorer in two steps, so that a shard's tokens are made beside the model's work on the one before, and batches are formed
+    over a whole shard.
     """
 
     def tokenize(self, pairs: Sequence[tuple[str, str]]) -> Any:

@@ -61,9 +61,7 @@ class ScoringCounts:
     """Pairs (cross-encoder) or texts (dense) cut to the length limit, among those computed now."""
 
 
-def bank_scores(
-    teacher: Teacher, run: Run, scores: TeacherScores, embeddings: EmbeddingBank, texts: PairTexts
-) -> ScoringCounts:
+def bank_scores(teacher: Teacher, run: Run, scores: TeacherScores, embeddings: EmbeddingBank, texts: PairTexts) -> ScoringCounts:
     """Append the gold_sim of every unknown pair to ``scores``; a bi-encoder's vectors go to ``embeddings`` (or its ``sparse``) too.
 
     ``scores`` must be open under ``teacher_identity(teacher)``. Raises ValueError, banking nothing of the shard, if the teacher
@@ -176,9 +174,7 @@ def _look_up(scores: TeacherScores, texts: PairTexts) -> _Pairs:
     passage_keys, passage_first, passage_rank = unique_keys(text_keys(texts.passages))
     # One integer per pair, ordered by query key, then passage key: the order the bank is fastest in.
     width = max(1, len(passage_keys))
-    query_of, passage_of = np.divmod(
-        np.unique(query_rank[texts.query_index] * width + passage_rank[texts.passage_index]), width
-    )
+    query_of, passage_of = np.divmod(np.unique(query_rank[texts.query_index] * width + passage_rank[texts.passage_index]), width)
     queries, passages = query_first[query_of], passage_first[passage_of]
     gold_sim = scores.lookup(query_keys[query_of], passage_keys[passage_of])
     missing = np.flatnonzero(np.isnan(gold_sim))

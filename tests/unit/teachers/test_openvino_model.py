@@ -78,6 +78,23 @@ def test_int8_scores_are_near_and_depend_on_no_other_pair_of_the_batch(tiny_cros
 
 
 @pytest.mark.usefixtures("_openvino")
+def test_bfloat16_scores_are_near_where_the_cpu_has_it_and_refused_elsewhere(tiny_cross_encoder_folder: Path, pairs: Pairs) -> None:
+    from openvino import Core
+
+    scorer = CrossEncoderScorer(teacher(tiny_cross_encoder_folder, backend="openvino", dtype="bfloat16"), Run())
+    if "BF16" not in Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(ValueError, match=r'dtype = "bfloat16", but this CPU computes .*; set dtype = "float32"'):
+            scorer.score(pairs)
+        return
+
+    scores = scorer.score(pairs)
+
+    expected = CrossEncoderScorer(teacher(tiny_cross_encoder_folder), Run()).score(pairs)
+    assert np.corrcoef(scores, expected)[0, 1] > 0.99
+    assert 1e-5 < abs(scores - expected).max()
+
+
+@pytest.mark.usefixtures("_openvino")
 def test_openvino_takes_models_without_token_types(tmp_path: Path, pairs: Pairs) -> None:
     import torch
     import transformers
@@ -106,7 +123,7 @@ def test_openvino_on_a_gpu_is_refused(tiny_cross_encoder_folder: Path, monkeypat
     from sparsekd.teachers.openvino_model import OpenVINOClassifier
 
     with pytest.raises(ValueError, match=r'backend = "openvino" runs on the CPU, and \[run\] device = \'cuda\''):
-        OpenVINOClassifier(None, teacher(tiny_cross_encoder_folder, backend="openvino"), Run(device="cuda"))
+        OpenVINOClassifier(None, teacher(tiny_cross_encoder_folder, backend="openvino"), Run(device="cuda"), has_types=True)
 
 
 def test_a_missing_openvino_is_said_with_what_to_do(tiny_cross_encoder_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,4 +159,15 @@ def test_torchs_identity_has_no_field_for_what_it_does_not_do(tiny_cross_encoder
     fields = teacher_identity(teacher(tiny_cross_encoder_folder))
 
     assert fields["backend"] == "torch"
-    assert [*fields] == ["stage", "kind", "activation", "weights", "max_length", "query_prompt", "passage_prompt", "dtype", "backend", "trust_remote_code"]
+    assert [*fields] == [
+        "stage",
+        "kind",
+        "activation",
+        "weights",
+        "max_length",
+        "query_prompt",
+        "passage_prompt",
+        "dtype",
+        "backend",
+        "trust_remote_code",
+    ]

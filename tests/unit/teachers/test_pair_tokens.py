@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,13 @@ import pytest
 from sparsekd.teachers.pair_tokens import PairTokenizer
 
 Draw = Callable[..., list[str]]
-WORDS = ["<pad>", "<unk>", "<s>", "</s>", *"the heat of a boundary layer is not old flow river school party queen number what it text".split()]
+WORDS = [
+    "<pad>",
+    "<unk>",
+    "<s>",
+    "</s>",
+    *"the heat of a boundary layer is not old flow river school party queen number what it text".split(),
+]
 TEMPLATES = {
     "roberta": ("<s> $A </s> </s> $B </s>", True),
     "ends only": ("$A </s> $B </s>", True),
@@ -32,7 +39,10 @@ def word_tokenizer(template: str | None) -> Any:
         special = [("<s>", 2), ("</s>", 3)]
         backend.post_processor = processors.TemplateProcessing(single="$A </s>", pair=template, special_tokens=special)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", model_input_names=["input_ids", "token_type_ids", "attention_mask"]
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
 
 
@@ -59,7 +69,7 @@ def own_encoding(tokenizer: Any, pairs: list[tuple[str, str]], limit: int | None
     queries, passages = map(list, zip(*pairs, strict=True))
     cut = {"truncation": False} if limit is None else {"truncation": "only_second", "max_length": limit}
     tokens = tokenizer(queries, passages, verbose=False, **cut)
-    return sum(tokens["input_ids"], []), sum(tokens["token_type_ids"], [])
+    return [*itertools.chain(*tokens["input_ids"])], [*itertools.chain(*tokens["token_type_ids"])]
 
 
 @pytest.fixture

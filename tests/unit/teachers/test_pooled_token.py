@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,21 @@ def test_a_shortened_last_layer_takes_texts_of_one_length_as_they_are(architectu
 
         assert shorten_last_layer(model)
         np.testing.assert_allclose(model(input_ids=texts).logits, expected, atol=1e-5)
+
+
+def test_a_gpus_attention_from_first_tokens_equals_the_cpus() -> None:
+    import torch
+
+    from sparsekd.teachers.pooled_token import _attend_padded, _attend_runs
+
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(len(TEXTS), 4, 1, 8, generator=generator)
+    key, value = torch.randn(2, sum(TEXTS), 4, 8, generator=generator)
+    cu_seq_lens = torch.tensor([0, *itertools.accumulate(TEXTS)], dtype=torch.int32)
+
+    padded = _attend_padded(query, key, value, cu_seq_lens, max(TEXTS), 0.3)
+
+    np.testing.assert_allclose(padded, _attend_runs(query, key, value, TEXTS, 0.3), atol=1e-6)
 
 
 def test_another_architecture_is_packed_with_its_whole_last_layer() -> None:
