@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ def trained_teacher(experiment: Experiment) -> Artifact:
     none, or its collection has nothing to train on or to stop by.
     """
     plan, section = experiment.plan, experiment.plan.train_teacher
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("[train_teacher] trains in one process, and a launcher started several; start the script without it")
     fields = plan.trained_teacher_fields
     folder = plan.folder(KIND, fields)
     work_folder = folder.with_name(f"{folder.name}.work")
@@ -45,7 +48,9 @@ def _train(experiment: Experiment, folder: Path, work_folder: Path) -> Artifact:
     rows = teacher_rows(section, candidates(experiment))
     from sparsekd.teacher_training.card import write_card
     from sparsekd.teacher_training.fit import train_teacher
+    from sparsekd.training.arguments import check_device
 
+    check_device(experiment.recipe)
     fields = plan.trained_teacher_fields
     trained = train_teacher(
         section,

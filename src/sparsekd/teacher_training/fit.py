@@ -16,7 +16,6 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from sparsekd.collection.beir import Collection
-from sparsekd.device import prepare_device
 from sparsekd.recipe import Run, TrainTeacher
 from sparsekd.teacher_training.body import build_cross_encoder, grouped_by_length, num_cut
 from sparsekd.teacher_training.development import METRIC, DevReranking
@@ -118,12 +117,12 @@ def train_teacher(
 ) -> TrainedTeacher:
     """Fine-tune the section's body on ``rows``, going on from the newest whole checkpoint of ``key`` under ``work_folder``.
 
-    ``first_stage`` finds what dev queries rerank. Raises ValueError before step 0 for a body or a dev split that will not do;
-    NonFiniteError at the step that met NaN or infinity; StoppedError after the step in which SIGTERM or SIGINT came.
+    ``run.device`` must be there (``training.arguments.check_device``). ``first_stage`` finds what dev queries rerank. Raises
+    ValueError before step 0 for a body or a dev split that will not do; NonFiniteError at the step that met NaN or infinity;
+    StoppedError after the step in which SIGTERM or SIGINT came.
     """
-    device = prepare_device(run)
     dev = DevReranking(section, collection, first_stage)
-    model = build_cross_encoder(section, device)
+    model = build_cross_encoder(section, run.device)
     columns = rows.columns(collection)
     cut, pairs = num_cut(model, section, columns)
     logger.info(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsekd.artifact import read_manifest, write_file_atomically
+from sparsekd.artifact import find, read_manifest, write_file_atomically
 from sparsekd.model_reference import resolve, weights_identity
 from sparsekd.recipe import TRAINED, TrainTeacher
 
@@ -43,7 +43,10 @@ def give_name(cache: Path, name: str, key: str) -> str | None:
 
 
 def find_trained(cache: Path, reference: str) -> Path:
-    """Return the folder that ``trained:NAME`` means; FileNotFoundError with the command that makes it, if none does."""
+    """Return the folder that ``trained:NAME`` means.
+
+    Raises FileNotFoundError, with the command that makes it, if none does; IntegrityError if the folder is damaged.
+    """
     name = reference.removeprefix(TRAINED)
     path = _name_path(cache, name)
     if not path.is_file():
@@ -53,7 +56,7 @@ def find_trained(cache: Path, reference: str) -> Path:
             f'train it first: make train-teacher RECIPE=..., with [train_teacher] name = "{name}" in the recipe'
         )
     folder = cache / KIND / path.read_text(encoding="ascii").strip()
-    read_manifest(folder)
+    find(folder, read_manifest(folder)["fields"])
     return folder
 
 

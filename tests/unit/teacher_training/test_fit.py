@@ -178,6 +178,8 @@ def test_weights_changed_after_training_are_refused_as_damage(make_own: MakeOwn)
 
     with pytest.raises(IntegrityError, match="3 bytes, its manifest says"):
         trained_teacher(make_own())
+    with pytest.raises(IntegrityError, match="3 bytes, its manifest says"):
+        make_own().teacher("own")
 
 
 def test_a_dry_run_says_whether_the_teacher_is_there(make_own: MakeOwn) -> None:
@@ -191,6 +193,13 @@ def test_a_dry_run_says_whether_the_teacher_is_there(make_own: MakeOwn) -> None:
     after = describe_plan(make_own().plan, kinds)
     assert f"teachers     {made.key}  hit" in after
     assert after.endswith("order of work: nothing to do")
+
+
+def test_several_processes_are_refused(make_own: MakeOwn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    with pytest.raises(ValueError, match=r"\[train_teacher\] trains in one process, and a launcher started several"):
+        trained_teacher(make_own())
 
 
 def test_a_dev_split_that_sampling_left_empty_is_refused_before_the_body_is_loaded(make_own: MakeOwn) -> None:
