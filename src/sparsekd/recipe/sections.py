@@ -10,6 +10,7 @@ from sparsekd.recipe import ensembles, rules
 from sparsekd.recipe.mining import Mining
 from sparsekd.recipe.section import EncoderSpec
 from sparsekd.recipe.section import Section as _Section
+from sparsekd.recipe.study import Study
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -322,6 +323,8 @@ class Recipe(_Section):
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     run: Run = Run()
+    study: Study | None = None
+    """Experiments to run and compare over one bank (``make study``); the other stages take the recipe as it stands."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
