@@ -20,7 +20,7 @@ MARKS     ?= not gpu and not network
 SPREAD    := --numprocesses=auto --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: setup data train-teacher teacher-scores train-student evaluate report test test-all lint bench gpu-check clean help FORCE
+.PHONY: setup data train-teacher teacher-scores train-student evaluate report study test test-all lint bench gpu-check clean help FORCE
 
 setup: $(SETUP) ## Make .venv with every pin of constraints.txt; EXTRAS=gpu for FAISS on GPUs (default cpu)
 
@@ -51,6 +51,9 @@ evaluate: $(SETUP) $(DATA) ## Measure BM25, teachers, untrained and trained stud
 
 report: $(SETUP) $(DATA) ## One HTML page of RECIPE as far as it has come; makes nothing else
 	$(RUN) pipeline/report.py $(RECIPE) $(OPTIONS)
+
+study: $(SETUP) $(DATA) ## Every member of RECIPE's [study] over one bank, their pages, and one page that compares them
+	$(RUN) pipeline/study.py $(RECIPE) $(OPTIONS)
 
 test: $(SETUP) ## Fast tests: offline, CPU
 	$(RUN) -m pytest $(SPREAD) -m "$(FAST)"

@@ -107,6 +107,12 @@ class Plan:
             self.collection_folder, max_passages=section.max_passages, max_train_queries=section.max_train_queries
         )
 
+    def member(self, recipe: Recipe, overrides: Sequence[str]) -> Plan:
+        """Return the plan of a recipe with the same [collection], which is read once for both."""
+        plan = Plan(recipe, (*self.overrides, *overrides))
+        vars(plan)["collection"] = self.collection  # where cached_property would keep it
+        return plan
+
     @cached_property
     def teachers(self) -> tuple[AnyTeacher, ...]:
         """The recipe's teachers, each ``trained:NAME`` replaced by its folder; FileNotFoundError if it was never trained."""

@@ -5,6 +5,7 @@ Unknown keys are refused with the nearest known one. Imports no torch; loading c
 """
 
 from sparsekd.recipe.loading import load_recipe as load_recipe
+from sparsekd.recipe.loading import study_members as study_members
 from sparsekd.recipe.mining import BM25Miner as BM25Miner
 from sparsekd.recipe.mining import DenseMiner as DenseMiner
 from sparsekd.recipe.mining import Miner as Miner
@@ -25,6 +26,8 @@ from sparsekd.recipe.sections import Recipe as Recipe
 from sparsekd.recipe.sections import Run as Run
 from sparsekd.recipe.sections import Student as Student
 from sparsekd.recipe.sections import Training as Training
+from sparsekd.recipe.study import Member as Member
+from sparsekd.recipe.study import Study as Study
 from sparsekd.recipe.teacher_training import TRAINED as TRAINED
 from sparsekd.recipe.teacher_training import TrainTeacher as TrainTeacher
 from sparsekd.recipe.teachers import AnyTeacher as AnyTeacher

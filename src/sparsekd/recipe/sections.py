@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from sparsekd.recipe import ensembles, rules
 from sparsekd.recipe.mining import Mining
 from sparsekd.recipe.section import Section as _Section
+from sparsekd.recipe.study import Study
 from sparsekd.recipe.teacher_training import TrainTeacher
 from sparsekd.recipe.teachers import AnyTeacher
 
@@ -271,6 +272,8 @@ class Recipe(_Section):
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     run: Run = Run()
+    study: Study | None = None
+    """Experiments to run and compare over one bank (``make study``); the other stages take the recipe as it stands."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

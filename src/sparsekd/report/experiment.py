@@ -100,7 +100,7 @@ def read_experiment(experiment: Experiment) -> ExperimentFacts:
         examples=found,
         stages=stages,
         identities={name: key_of(identity) for name, identity in plan.teacher_identities.items()},
-        recipe=list(_settings(plan)),
+        recipe=list(settings(plan)),
         overrides=list(plan.overrides),
         warnings=list(dict.fromkeys(warned)),
         missing=list(_missing(results, teaching, training, found)),
@@ -170,7 +170,8 @@ def _stages(plan: Plan) -> Iterator[Stage]:
         yield Stage(f"run of {name}", key_of(fields), run.manifest if run else None)
 
 
-def _settings(plan: Plan) -> Iterator[tuple[str, Any]]:
+def settings(plan: Plan) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of what a recipe says, overrides applied, defaults left out."""
     document = plan.recipe.model_dump(mode="json", exclude_unset=True, exclude={"study"})
     yield from _flat(document, "")
 

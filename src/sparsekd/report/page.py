@@ -46,7 +46,7 @@ def experiment_path(plan: Plan) -> Path:
 
 def render_experiment(facts: ExperimentFacts) -> str:
     """Return the whole page."""
-    return environment().get_template("experiment.html").render(facts=facts, plots=experiment_plots(facts), **_NAMES)
+    return environment().get_template("experiment.html").render(facts=facts, plots=experiment_plots(facts), **NAMES)
 
 
 def experiment_plots(facts: ExperimentFacts) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def experiment_plots(facts: ExperimentFacts) -> dict[str, Any]:
             for teacher in facts.teaching.teachers
         }
     curves = [
-        Line(name, [rank for rank, _ in points], [count for _, count in points], SYSTEM_COLOURS.get(name, TEACHER))
+        Line(bare(name), [rank for rank, _ in points], [count for _, count in points], SYSTEM_COLOURS.get(name, TEACHER))
         for name, system in facts.results.systems.items()
         if system.vocabulary and (points := system.vocabulary["curve"]) and name in SYSTEM_COLOURS
     ]
@@ -90,16 +90,16 @@ def experiment_plots(facts: ExperimentFacts) -> dict[str, Any]:
 
 def quality_levels(results: Results) -> dict[str, tuple[float, str]]:
     """Return the measured systems that have no sparse cost as levels of nDCG@10."""
-    levels = {BM25: (results.systems[BM25].figures[MEASURES[0]], BASELINE)} if BM25 in results.systems else {}
+    levels = {bare(BM25): (results.systems[BM25].figures[MEASURES[0]], BASELINE)} if BM25 in results.systems else {}
     others = [
         teacher for teacher in results.teachers if BM25 not in results.systems or teacher.run.key != results.systems[BM25].run.key
     ]
-    return levels | {teacher.name: (teacher.figures[MEASURES[0]], TEACHER) for teacher in others}
+    return levels | {bare(teacher.name): (teacher.figures[MEASURES[0]], TEACHER) for teacher in others}
 
 
 def _cost_points(results: Results) -> list[Point]:
     return [
-        Point(name, system.figures["FLOPS"], system.figures[MEASURES[0]], SYSTEM_COLOURS[name])
+        Point(bare(name), system.figures["FLOPS"], system.figures[MEASURES[0]], SYSTEM_COLOURS[name])
         for name, system in results.systems.items()
         if "FLOPS" in system.figures and name in SYSTEM_COLOURS
     ]
@@ -198,10 +198,11 @@ def _p_value(value: float) -> str:
     return "p < .001" if value < 0.001 else f"p = {value:.3f}".replace("0.", ".")
 
 
-def _bare(name: str) -> str:
+def bare(name: str) -> str:
+    """Return what a page calls a system."""
     return {STUDENT_NAME: "student", UNTRAINED_NAME: "untrained student", BM25: "BM25"}.get(
         name, name.replace("teacher:", "teacher ")
     )
 
 
-_NAMES: Mapping[str, Any] = {"MEASURES": MEASURES, "STOP_WORDS": STOP_WORDS, "BYTES_PER_POSTING": BYTES_PER_POSTING, "bare": _bare}
+NAMES: Mapping[str, Any] = {"MEASURES": MEASURES, "STOP_WORDS": STOP_WORDS, "BYTES_PER_POSTING": BYTES_PER_POSTING, "bare": bare}

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from sparsekd.report.teaching import Histogram, Step
 from sparsekd.report.text import visible
@@ -51,6 +52,7 @@ _STYLE = {
     "figure.constrained_layout.use": True,
     "svg.hashsalt": "sparsekd",  # the same drawing has the same ids
 }
+_WHOLE = FuncFormatter(lambda value, _: f"{value:,.0f}")
 _styled = matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]  # as a decorator: entered anew for each call
 
 
@@ -119,6 +121,9 @@ class Plots:
         if log:
             axes.set_xscale("log")
             axes.set_yscale("log")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(_WHOLE)  # its own are formulas
+                axis.set_minor_formatter(NullFormatter())
         if len(lines) + len(levels or {}) > 1:
             _legend(axes)
         told = "; ".join(f"{line.label} from {line.y[0]:.4g} to {line.y[-1]:.4g}" for line in lines if len(line.y))
@@ -180,10 +185,13 @@ class Plots:
         figure, axes = self._figure(title, x_label, y_label, height=3.4)
         if len(front) > 1:
             axes.plot(*zip(*front, strict=True), drawstyle="steps-post", color=STUDENT, linewidth=1.2, label="Pareto front")
+        middle = (min(costs) + max(costs)) / 2 if (costs := [point.cost for point in points]) else 0.0
         for point in points:
             axes.plot([point.cost], [point.quality], "o", color=point.colour, markersize=5.5)
             if point.is_marked:
-                axes.annotate(_name(point.label), (point.cost, point.quality), (5, 5), textcoords="offset points", fontsize=8)
+                side: Any = ("right", (-5, 5)) if point.cost > middle else ("left", (5, 5))
+                place = (point.cost, point.quality)
+                axes.annotate(_name(point.label), place, side[1], ha=side[0], textcoords="offset points", fontsize=8)
         _levels(axes, levels)
         axes.margins(x=0.18, y=0.12)
         if len(front) > 1 or levels:
@@ -233,8 +241,8 @@ def _rows(axes: Axes, names: Sequence[str]) -> None:
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.18)
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
-    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(_WHOLE)
 
 
 def _levels(axes: Axes, levels: Mapping[str, tuple[float, str]]) -> None:

@@ -52,4 +52,4 @@ def without_paths(text: str) -> str:
     """
     shown = _ABSOLUTE.sub(lambda match: f"…/{match[1]}" if len(match[0]) > 1 else match[0], text)
     host = socket.gethostname()
-    return shown.replace(host, "…") if host else shown
+    return re.sub(rf"(?<!\w){re.escape(host)}(?!\w)", "…", shown) if host else shown

@@ -68,8 +68,8 @@ def test_examples_are_best_worst_changed_and_random_each_once() -> None:
 
 
 def test_ties_of_best_and_worst_go_by_what_the_others_reach() -> None:
-    chosen = choose_queries(
-        {"a": 1.0, "b": 1.0, "c": 0.0, "d": 0.0}, bm25={"a": 0.9, "b": 0.1}, teacher={"c": 0.2, "d": 0.8}, untrained={}, per_reason=1
-    )
+    student = {"a": 1.0, "b": 1.0, "c": 0.0, "d": 0.0}
+
+    chosen = choose_queries(student, {"a": 0.9, "b": 0.1}, {"c": 0.2, "d": 0.8}, {}, per_reason=1)
 
     assert chosen == {"b": "best", "d": "worst", "a": "changed", "c": "random"}

@@ -26,7 +26,7 @@ def test_a_page_opens_without_a_complaint_and_asks_for_nothing(browser: Any, fin
     assert [url for url in asked if not url.startswith("data:")] == [finished.path.as_uri()]
 
 
-@pytest.mark.parametrize("width", [360, 390, 768, 1280])
+@pytest.mark.parametrize("width", [360, 390, 768, 1030, 1280])
 def test_nothing_runs_off_the_side(browser: Any, finished: Any, width: int) -> None:
     browser.open(finished.path, width=width)
 
