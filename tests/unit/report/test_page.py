@@ -192,6 +192,7 @@ def test_a_page_of_stage_1_shows_teachers_and_what_is_missing(half: Experiment, 
     assert drawings_of(path.read_text(encoding="utf-8"))[:2] == ["Candidates by miner", "From proposals to candidates"]
 
 
+@pytest.mark.slow
 def test_a_student_without_an_evaluation_shows_its_training(half: Experiment, elements_of: Any) -> None:
     student(half)
 
