@@ -129,6 +129,8 @@ SETTINGS: list[tuple[list[str], str, set[str]]] = [
     ([], "training.scale=20.0", NONE),
     (["training.loss={SparseDistillKLDivLoss = 1, SparseMultipleNegativesRankingLoss = 1}"], "training.scale=20.0", FROM_STUDENT),
     ([], "training.triplet_margin=1.0", NONE),
+    ([], "training.label_scale=2.0", FROM_STUDENT),
+    ([], "training.label_scale=1.0", NONE),  # what it would have been
     ([], "training.precision=bfloat16", FROM_STUDENT),
     ([], "training.dev_queries=5", NONE),
     ([], "training.dev_depth=5", NONE),
