@@ -20,7 +20,7 @@ MARKS     ?= not gpu and not network
 SPREAD    := --numprocesses=auto --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: setup data teacher-scores train-student evaluate report test test-all lint bench gpu-check clean help FORCE
+.PHONY: setup data train-teacher teacher-scores train-student evaluate report study test test-all lint bench gpu-check clean help FORCE
 
 setup: $(SETUP) ## Make .venv with every pin of constraints.txt; EXTRAS=gpu for FAISS on GPUs (default cpu)
 
@@ -35,17 +35,25 @@ $(SETUP): pyproject.toml constraints.txt $(if $(and $(INSTALLED),$(filter-out $(
 data: $(SETUP) ## Build the built-in collection data/collections/pydocs (a hit when it stands)
 	$(RUN) data/build_pydocs.py --out $(PYDOCS)
 
+train-teacher: $(SETUP) $(DATA) ## Stage 0, optional: a cross-encoder of your own for RECIPE ([train_teacher])
+	$(RUN) pipeline/train_teacher.py $(RECIPE) $(OPTIONS)
+
 teacher-scores: $(SETUP) $(DATA) ## Stage 1: candidates, score bank, score table of RECIPE
 	$(RUN) pipeline/teacher_scores.py $(RECIPE) $(OPTIONS)
 
-train-student: $(SETUP) $(DATA) ## Everything: data, stage 1 where missing, the student, its evaluation
+train-student: $(SETUP) $(DATA) ## Everything: data, stage 1 where missing, the student, its evaluation, its page
 	$(RUN) pipeline/train_student.py $(RECIPE) $(OPTIONS)
 	$(RUN) pipeline/evaluate.py $(RECIPE) $(OPTIONS)
+	$(RUN) pipeline/report.py $(RECIPE) $(OPTIONS)
 
 evaluate: $(SETUP) $(DATA) ## Measure BM25, teachers, untrained and trained student
 	$(RUN) pipeline/evaluate.py $(RECIPE) $(OPTIONS)
 
-report: evaluate ## Print the table of metrics of RECIPE on the terminal (evaluates first where needed)
+report: $(SETUP) $(DATA) ## One HTML page of RECIPE as far as it has come; makes nothing else
+	$(RUN) pipeline/report.py $(RECIPE) $(OPTIONS)
+
+study: $(SETUP) $(DATA) ## Every member of RECIPE's [study] over one bank, their pages, and one page that compares them
+	$(RUN) pipeline/study.py $(RECIPE) $(OPTIONS)
 
 test: $(SETUP) ## Fast tests: offline, CPU
 	$(RUN) -m pytest $(SPREAD) -m "$(FAST)"

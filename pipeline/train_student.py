@@ -26,15 +26,15 @@ def make_together(plan: Plan) -> Path:
     from sparsekd.training import ranks
     from sparsekd.training.fit import train
 
-    experiment = Experiment(plan)
     if ranks.is_first():
         with ranks.leading():
-            return student(experiment).folder
-    folder, key = plan.folder("students", plan.student_fields), key_of(plan.student_fields)
-    for _ in ranks.words():
-        work_folder = folder.with_name(f"{folder.name}.work")
-        train(plan.recipe, score_table(experiment), experiment.collection, work_folder=work_folder, key=key)
-    return folder
+            return student(Experiment(plan)).folder
+    plan_by_key = {key_of(each.student_fields): each for each in plan.rounds}
+    for key in ranks.words():
+        experiment = Experiment(plan_by_key[key])
+        work_folder = plan.cache / "students" / f"{key}.work"
+        train(experiment.recipe, score_table(experiment), experiment.collection, work_folder=work_folder, key=key)
+    return plan.folder("students", plan.student_fields)
 
 
 if __name__ == "__main__":

@@ -133,3 +133,123 @@ def tiny_cross_encoder_folder(tmp_path_factory: pytest.TempPathFactory, save_tin
     folder = tmp_path_factory.mktemp("cross-encoder")
     CrossEncoder(str(plain), device="cpu").save_pretrained(str(folder), create_model_card=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def save_tiny_decoder() -> Callable[..., Path]:
+    """Return ``save(folder, class_name="Qwen3ForCausalLM", **config)``: Qwen3 with a byte-level BPE of its own."""
+
+    def save(folder: Path, class_name: str = "Qwen3ForCausalLM", **overrides: Any) -> Path:
+        import tokenizers
+        import torch
+        import transformers
+
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=500,
+            special_tokens=special,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(["yes", "no"] * 100 + [f" {word}" for word in WORDS], trainer)
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[0])
+        settings = {
+            "vocab_size": len(fast),
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "intermediate_size": 64,
+            "max_position_embeddings": 1024,
+            "initializer_range": 0.2,
+            "tie_word_embeddings": True,
+        }
+        return _save(getattr(transformers, class_name), transformers.Qwen3Config(**{**settings, **overrides}), fast, folder, torch)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder_folder(tmp_path_factory: pytest.TempPathFactory, save_tiny_decoder: Callable[..., Path]) -> Path:
+    """A Qwen3ForCausalLM with tied embeddings, whose vocabulary has ``yes`` and ``no``."""
+    return save_tiny_decoder(tmp_path_factory.mktemp("decoder"))
+
+
+@pytest.fixture(scope="session")
+def tiny_t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A T5ForConditionalGeneration with a Unigram tokenizer whose vocabulary has ``▁true`` and ``▁false``."""
+    import tokenizers
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("t5")
+    words = ["true", "false", "Query:", "Document:", "Relevant:", *WORDS]
+    characters = [*string.printable[:95], "▁"]
+    vocabulary = [*(("▁" + word, -2.0 - number / 100) for number, word in enumerate(words)), *((each, -9.0) for each in characters)]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), *vocabulary], unk_id=2)
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    config = transformers.T5Config(
+        vocab_size=len(fast), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    return _save(transformers.T5ForConditionalGeneration, config, fast, folder, torch)
+
+
+def _save(model_class: Any, config: Any, tokenizer: Any, folder: Path, torch: Any) -> Path:
+    """Save a model of random weights, drawn from a fixed seed, with its tokenizer."""
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    torch.set_rng_state(state)  # a fixture must not decide what a test draws
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def save_tiny_multi_vector(tiny_headless_folder: Path) -> Callable[..., Path]:
+    """Return ``save(folder, prompts=None, similarity="maxsim", skip=(), **transformer)``: a MultiVectorEncoder, 16 dims a token."""
+
+    def save(
+        folder: Path,
+        *,
+        prompts: dict[str, str] | None = None,
+        similarity: str = "maxsim",
+        skip: tuple[str, ...] = (),
+        **transformer: Any,
+    ) -> Path:
+        import torch
+        from sentence_transformers import MultiVectorEncoder
+        from sentence_transformers.base.modules import Dense, Normalize, Transformer
+        from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
+        projection = Dense(32, 16, bias=False, activation_function=torch.nn.Identity(), module_input_name="token_embeddings")
+        torch.set_rng_state(state)
+        modules = [
+            Transformer(str(tiny_headless_folder), model_kwargs={"dtype": "float32"}, **transformer),
+            projection,
+            MultiVectorMask(skiplist_words=list(skip)),
+            Normalize(module_input_name="token_embeddings"),
+        ]
+        model = MultiVectorEncoder(modules=modules, device="cpu", prompts=prompts, similarity_fn_name=similarity)
+        model.save_pretrained(str(folder), create_model_card=False)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_multi_vector_folder(tmp_path_factory: pytest.TempPathFactory, save_tiny_multi_vector: Callable[..., Path]) -> Path:
+    """A MultiVectorEncoder without prompts or query expansion."""
+    return save_tiny_multi_vector(tmp_path_factory.mktemp("multi-vector"))

@@ -19,25 +19,36 @@ from sparsekd.recipe import DenseMiner, FileTeacher
 
 _BYTES_PER_PAIR = 24  # `sparsekd bank ls` says 1.46 MB for 66,499 pairs; rounded up
 _FIELDS_SHOWN = 6
+_UP_TO_A_STUDENT = ("candidates", "tables", "students")  # what a round makes before the next one can mine
 
 
 def describe_plan(plan: Plan, kinds: Sequence[str]) -> str:
     """Return the plan of ``kinds`` as text: each artifact's key, hit or miss with the reason, pairs, disk, order of work."""
     lines = [f"recipe: collection {plan.recipe.collection.path}, cache {plan.recipe.run.cache}"]
-    missing = []
-    for kind, fields in plan.artifacts(kinds):
-        hit = plan.hit(kind, fields)
-        lines.append(f"{kind:<12} {key_of(fields)}  {'hit' if hit else 'miss'}")
-        if hit is None:
-            missing.append(kind)
-            lines += _why(plan, kind, fields)
-            lines += _indexes(plan) if kind == "candidates" else []
-        else:
-            missing.clear()  # what this one was made of is not needed any more
-    if "tables" in kinds and "tables" in missing:
-        lines += _pairs(plan)
-    lines.append("order of work: " + (" -> ".join(missing) if missing else "nothing to do"))
+    missing: list[tuple[Plan, str]] = []
+    for each in plan.rounds:
+        number, is_last = each.recipe.mining.rounds, each is plan
+        lines += [f"round {number} of {len(plan.rounds)}"] if len(plan.rounds) > 1 else []
+        for kind, fields in each.artifacts(kinds if is_last else _UP_TO_A_STUDENT):
+            hit = each.hit(kind, fields)
+            lines.append(f"{kind:<12} {key_of(fields)}  {'hit' if hit else 'miss'}")
+            if hit is None:
+                missing.append((each, kind))
+                lines += _why(each, kind, fields)
+                lines += _indexes(each) if kind == "candidates" else []
+            else:
+                missing.clear()  # what this one was made of is not needed any more
+    for each, kind in missing:
+        if kind == "tables":
+            lines += [f"pairs of round {each.recipe.mining.rounds}"] if len(plan.rounds) > 1 else []
+            lines += _pairs(each)
+    lines.append("order of work: " + (" -> ".join(_named(plan, missing)) if missing else "nothing to do"))
     return "\n".join(lines)
+
+
+def _named(plan: Plan, missing: Sequence[tuple[Plan, str]]) -> list[str]:
+    """Kinds of artifacts, with the round where there are several."""
+    return [kind if len(plan.rounds) == 1 else f"{kind} of round {each.recipe.mining.rounds}" for each, kind in missing]
 
 
 def _why(plan: Plan, kind: str, fields: Mapping[str, Any]) -> list[str]:
@@ -82,11 +93,13 @@ def _pairs(plan: Plan) -> list[str]:
         return lines
     num_queries = len(collection.qrels.get("train", {}))
     positives = sum(sum(grade >= 1 for grade in grades.values()) for grades in collection.qrels.get("train", {}).values())
-    wanted = positives + num_queries * sum(miner.quota for miner in plan.recipe.mining.miners)
+    wanted = positives + num_queries * sum(miner.quota for miner in plan.mined_recipe.mining.miners)
+    to_score, mining = wanted, plan.recipe.mining
+    if plan.previous is not None:  # whose pairs are banked by then
+        to_score = num_queries * (mining.student_miner.quota + (0 if mining.fallback is None else mining.fallback.quota))
     for name, teacher_scores in scores.items():
-        stored = teacher_scores.num_pairs
-        banked_words = f"unknown until mined ({stored} in the teacher's bank)"
-        lines.append(_line(name, wanted, banked_words, wanted, from_file.get(name)))
+        banked_words = f"unknown until mined ({teacher_scores.num_pairs} in the teacher's bank)"
+        lines.append(_line(name, wanted, banked_words, to_score, from_file.get(name)))
     return lines
 
 

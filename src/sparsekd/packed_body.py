@@ -66,7 +66,7 @@ def packed(model: nn.Module) -> Iterator[dict[str, str]]:
     """
     from sentence_transformers.base.modules import Transformer
 
-    _register()
+    register()
     reasons: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         for name, module in model.named_modules():
@@ -296,7 +296,8 @@ def _reorder(states: Tensor, order: Tensor, back: Tensor) -> Tensor:
     return reordered
 
 
-def _register() -> None:
+def register() -> None:
+    """Make the attention function and its mask known to transformers under ``ATTENTION``."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 

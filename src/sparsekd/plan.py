@@ -1,13 +1,15 @@
 """What a recipe will make, said before anything is loaded: each artifact's key, hit or miss, why, and what it costs.
 
-Keys chain: candidates -> score table -> student -> evaluation. Nothing here imports torch; the cost is hashing the collection's
+Keys chain: candidates -> score table -> student -> evaluation. Of several rounds each has a plan, and its candidates' key holds the
+key of the student before. Nothing here imports torch; the cost is hashing the collection's
 files and the models' weights, about a second a gigabyte; a bm25 teacher's key is made of passages, so its recipe reads them first.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,25 @@ from sparsekd.collection.beir import Collection, collection_digest, read_collect
 from sparsekd.labels.building import incomplete_teachers, table_fields
 from sparsekd.mining.candidates import COLLECTION_FILES, candidates_fields, has_identity
 from sparsekd.mining.run_file import run_identity
-from sparsekd.recipe import BM25Teacher, DenseMiner, FileTeacher, Miner, Recipe, RunMiner, SparseMiner, Teacher
+from sparsekd.recipe import (
+    TRAINED,
+    AnyTeacher,
+    BM25Teacher,
+    DenseMiner,
+    FileTeacher,
+    Miner,
+    Recipe,
+    RunMiner,
+    SparseMiner,
+    StudentMiner,
+    Teacher,
+    TrainTeacher,
+)
 from sparsekd.students.identity import needs_passages, student_fields, training_fields
+from sparsekd.teacher_training.identity import find_trained, trained_teacher_fields
 from sparsekd.teachers.identity import bm25_identity, encoder_identity, file_identity, sparse_identity, teacher_identity
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_VERSION = 1
 """Raised when the same fields would give other rankings or figures."""
@@ -44,19 +62,99 @@ class Plan:
         return Path(self.recipe.collection.path)
 
     @cached_property
+    def previous(self) -> Plan | None:
+        """The plan of the round before: the same recipe with a round less, and so with the keys that such a recipe has."""
+        mining = self.recipe.mining
+        if mining.rounds == 1:
+            return None
+        update = {"rounds": mining.rounds - 1} | ({"student_miner": StudentMiner()} if mining.rounds == 2 else {})
+        return replace(self, recipe=self.recipe.model_copy(update={"mining": mining.model_copy(update=update)}))
+
+    @property
+    def rounds(self) -> tuple[Plan, ...]:
+        """The plans of all rounds, this one last."""
+        return (*(() if self.previous is None else self.previous.rounds), self)
+
+    @cached_property
+    def student_miners(self) -> dict[SparseMiner, str]:
+        """The students of the rounds before as miners, and the key of each; their folders need not be there yet."""
+        if self.previous is None:
+            return {}
+        folder, student = self.previous.folder("students", self.previous.student_fields), self.recipe.student
+        miner = SparseMiner(
+            kind="sparse",
+            model=str(folder),
+            query_prompt=student.query_prompt,
+            passage_prompt=student.passage_prompt,
+            **self.recipe.mining.student_miner.model_dump(),
+        )
+        return {**self.previous.student_miners, miner: folder.name}
+
+    @cached_property
+    def mined_recipe(self) -> Recipe:
+        """The recipe with everyone who mines in it: its miners, then the students of the rounds before."""
+        mining = self.recipe.mining
+        miners = (*mining.miners, *self.student_miners)
+        return self.recipe.model_copy(update={"mining": mining.model_copy(update={"miners": miners})})
+
+    @cached_property
     def collection(self) -> Collection:
         """The passages, queries and qrels the recipe asks for, read when first asked for."""
+        if self.previous is not None:
+            return self.previous.collection
         section = self.recipe.collection
         return read_collection(
             self.collection_folder, max_passages=section.max_passages, max_train_queries=section.max_train_queries
         )
 
+    def member(self, recipe: Recipe, overrides: Sequence[str]) -> Plan:
+        """Return the plan of a recipe with the same [collection], which is read once for both."""
+        plan = Plan(recipe, (*self.overrides, *overrides))
+        vars(plan)["collection"] = self.collection  # where cached_property would keep it
+        return plan
+
+    @cached_property
+    def teachers(self) -> tuple[AnyTeacher, ...]:
+        """The recipe's teachers, each ``trained:NAME`` replaced by its folder; FileNotFoundError if it was never trained."""
+        return tuple(self._with_folder(teacher) for teacher in self.recipe.teachers)
+
+    def _with_folder(self, teacher: AnyTeacher) -> AnyTeacher:
+        if not isinstance(teacher, Teacher) or not teacher.model.startswith(TRAINED):
+            return teacher
+        folder, section = find_trained(self.cache, teacher.model), self.recipe.train_teacher
+        if section is not None and teacher.model == TRAINED + section.name and folder.name != key_of(self.trained_teacher_fields):
+            logger.warning(
+                "teacher %s: %s was trained as %s, and this recipe would train %s now: make train-teacher RECIPE=... does",
+                teacher.name,
+                folder,
+                section.name,
+                key_of(self.trained_teacher_fields),
+            )
+        return teacher.model_copy(update={"model": str(folder)})
+
+    @property
+    def train_teacher(self) -> TrainTeacher:
+        """The section that says how a cross-encoder is fine-tuned; ValueError if the recipe has none."""
+        if self.recipe.train_teacher is None:
+            raise ValueError(
+                "the recipe has no [train_teacher], so there is nothing to train; add the section with a name and a model, "
+                "e.g. from pipeline/recipes/domain-adaptation.toml"
+            )
+        return self.recipe.train_teacher
+
+    @cached_property
+    def trained_teacher_fields(self) -> dict[str, Any]:
+        """What decides the recipe's own cross-encoder."""
+        return trained_teacher_fields(self.train_teacher, key_of(self.candidates_fields), self._dev_fields)
+
     @cached_property
     def teacher_identities(self) -> dict[str, dict[str, Any]]:
         """Identity by teacher name."""
-        return {teacher.name: self._teacher_identity(teacher) for teacher in self.recipe.teachers}
+        if self.previous is not None:
+            return self.previous.teacher_identities
+        return {teacher.name: self._teacher_identity(teacher) for teacher in self.teachers}
 
-    def _teacher_identity(self, teacher: Teacher | BM25Teacher | FileTeacher) -> dict[str, Any]:
+    def _teacher_identity(self, teacher: AnyTeacher) -> dict[str, Any]:
         if isinstance(teacher, FileTeacher):
             return file_identity(teacher.imported, teacher.fields)
         if isinstance(teacher, BM25Teacher):
@@ -67,8 +165,19 @@ class Plan:
     def candidates_fields(self) -> dict[str, Any]:
         """What decides the candidates."""
         digest = collection_digest(self.collection_folder, COLLECTION_FILES)
-        identities = [_miner_identity(miner) for miner in self.recipe.mining.asked if has_identity(miner)]
-        return candidates_fields(self.recipe, digest, identities)
+        asked = filter(has_identity, self.mined_recipe.mining.asked)
+        return candidates_fields(self.mined_recipe, digest, [self._miner_identity(miner) for miner in asked])
+
+    def _miner_identity(self, miner: Miner) -> dict[str, Any]:
+        """What decides the vectors or lines of a miner that reads a model or a file; a student's key does before it is trained."""
+        if isinstance(miner, SparseMiner) and miner in self.student_miners:
+            return {"student": self.student_miners[miner]}
+        if isinstance(miner, RunMiner):
+            return dict(run_identity(miner.path))
+        if isinstance(miner, SparseMiner):
+            return sparse_identity(miner)
+        assert isinstance(miner, DenseMiner), miner.kind
+        return encoder_identity(miner)
 
     @cached_property
     def table_fields(self) -> dict[str, Any]:
@@ -93,14 +202,24 @@ class Plan:
         """What decides the trained student."""
         fields = training_fields(self.recipe, key_of(self.table_fields), self.untrained_fields)
         if self.recipe.training.dev_steps is not None:
-            judged = collection_digest(self.collection_folder, ["queries.jsonl", "qrels/dev.tsv"])
-            fields["dev"] = {**judged, **self._passages_fields}
+            fields["dev"] = self._dev_fields
         return fields
+
+    @cached_property
+    def _dev_fields(self) -> dict[str, Any]:
+        judged = collection_digest(self.collection_folder, ["queries.jsonl", "qrels/dev.tsv"])
+        return {**judged, **self._passages_fields}
 
     @cached_property
     def _passages_fields(self) -> dict[str, Any]:
         digest = collection_digest(self.collection_folder, ["corpus.jsonl"])
         return {"corpus": digest["corpus.jsonl"], "max_passages": self.recipe.collection.max_passages}
+
+    @property
+    def plan_by_student(self) -> dict[str, Plan]:
+        """What is measured of the trained students, by system name: those of the rounds before, and the student."""
+        names = [*(f"student:round-{number}" for number in range(1, self.recipe.mining.rounds)), "student"]
+        return dict(zip(names, self.rounds, strict=True))
 
     def system_fields(self) -> dict[str, dict[str, Any]]:
         """Return what decides each measured system's ranking, by system name, in the order they are reported.
@@ -126,11 +245,12 @@ class Plan:
                 systems[f"teacher:{teacher.name}"] = {"system": "bm25", "k1": teacher.k1, "b": teacher.b}
                 continue
             system: dict[str, Any] = {"system": teacher.kind, "identity": self.teacher_identities[teacher.name]}
-            if teacher.kind == "cross-encoder":
+            if teacher.kind not in ("dense", "sparse"):
                 system |= {**bm25, "rerank_depth": evaluation.rerank_depth}
             systems[f"teacher:{teacher.name}"] = system
         systems["student:untrained"] = {"system": "student", "untrained": self.untrained_fields}
-        systems["student"] = {"system": "student", "trained": key_of(self.student_fields)}
+        for name, plan in self.plan_by_student.items():
+            systems[name] = {"system": "student", "trained": key_of(plan.student_fields)}
         return {name: {**common, **fields} for name, fields in systems.items()}
 
     def folder(self, kind: str, fields: Mapping[str, Any]) -> Path:
@@ -149,18 +269,9 @@ class Plan:
         """Return (kind, fields) of the artifacts of ``kinds``, in the order of work."""
         fields = {
             "candidates": lambda: self.candidates_fields,
+            "teachers": lambda: self.trained_teacher_fields,
             "tables": lambda: self.table_fields,
             "students": lambda: self.student_fields,
             "evaluations": self.evaluation_fields,
         }
         return [(kind, fields[kind]()) for kind in kinds]
-
-
-def _miner_identity(miner: Miner) -> dict[str, Any]:
-    """What decides the vectors or lines of a miner that reads a model or a file."""
-    if isinstance(miner, RunMiner):
-        return dict(run_identity(miner.path))
-    if isinstance(miner, SparseMiner):
-        return sparse_identity(miner)
-    assert isinstance(miner, DenseMiner), miner.kind
-    return encoder_identity(miner)

@@ -6,6 +6,7 @@ No host and no user; paths only as the recipe gives them.
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import platform
 import shlex
 import sys
@@ -18,6 +19,29 @@ _DISTRIBUTIONS = (
     "sparsekd", "torch", "transformers", "sentence-transformers", "datasets", "accelerate", "pyarrow", "numpy", "faiss-cpu",
     "faiss-gpu", "bm25s", "ir-measures",
 )  # fmt: skip
+
+
+class HeardWarnings(logging.Handler):
+    """Keeps what this package's loggers warn of, each message once, for the manifests that are written afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the message of one record."""
+        message = record.getMessage()
+        if message not in self.messages:
+            self.messages.append(message)
+
+
+def heard_warnings() -> HeardWarnings:
+    """Return what hears this package's loggers, from the first call on."""
+    logger = logging.getLogger("sparsekd")
+    found = next((handler for handler in logger.handlers if isinstance(handler, HeardWarnings)), None)
+    if found is None:
+        logger.addHandler(found := HeardWarnings())
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -46,6 +70,7 @@ def provenance(overrides: Sequence[str]) -> dict[str, Any]:
         "command": command(),
         "overrides": list(overrides),
         "versions": versions(),
+        "warnings": list(heard_warnings().messages),
         "machine": f"{platform.system()} {platform.machine()}",
         "recorded_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -17,17 +17,25 @@ from pathlib import Path
 
 from sparsekd.artifact import IntegrityError
 from sparsekd.plan import Plan
-from sparsekd.provenance import command
+from sparsekd.provenance import command, heard_warnings
 from sparsekd.recipe import load_recipe
+from sparsekd.study import FailedMembersError
 from sparsekd.training.stopping import StoppedError
 
 logger = logging.getLogger("sparsekd")
 
 
-def run_stage(description: str, stage: Callable[[Plan], Path], kinds: Sequence[str], arguments: Sequence[str] | None = None) -> int:
+def run_stage(
+    description: str,
+    stage: Callable[[Plan], Path],
+    kinds: Sequence[str],
+    arguments: Sequence[str] | None = None,
+    *,
+    describe: Callable[[Plan, Sequence[str]], str] | None = None,
+) -> int:
     """Parse arguments, load the recipe, carry the stage out or print its plan; return the exit code.
 
-    ``kinds`` are the artifacts a dry run reports, in the order of work.
+    ``kinds`` are the artifacts a dry run reports, in the order of work, in the words of ``describe`` if the stage has its own.
     """
     options = _parser(description).parse_args(arguments)
     try:
@@ -35,12 +43,10 @@ def run_stage(description: str, stage: Callable[[Plan], Path], kinds: Sequence[s
         _prepare(recipe.run.log_level, recipe.run.threads)
         plan = Plan(recipe, tuple(options.set))
         if options.dry_run:
-            from sparsekd.dry_run import describe_plan
-
-            sys.stdout.write(describe_plan(plan, kinds) + "\n")
+            sys.stdout.write((describe or _describe)(plan, kinds) + "\n")
             return 0
         folder = stage(plan)
-    except IntegrityError as error:
+    except (IntegrityError, FailedMembersError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     except (ValueError, FileNotFoundError) as error:
@@ -62,6 +68,12 @@ def run_stage(description: str, stage: Callable[[Plan], Path], kinds: Sequence[s
     if _is_first():
         sys.stdout.write(f"{folder}\n")
     return 0
+
+
+def _describe(plan: Plan, kinds: Sequence[str]) -> str:
+    from sparsekd.dry_run import describe_plan
+
+    return describe_plan(plan, kinds)
 
 
 def _is_first() -> bool:
@@ -93,6 +105,7 @@ def _prepare(log_level: str, threads: int | None) -> None:
     """Send logs to stderr and set what libraries read from the environment before they are imported."""
     level = log_level if _is_first() else "WARNING"
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    heard_warnings().messages.clear()
     for name in ("httpx", "sentence_transformers", "transformers", "datasets", "faiss", "filelock", "bm25s"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

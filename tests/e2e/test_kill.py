@@ -108,6 +108,24 @@ def test_a_run_killed_while_it_publishes_ends_with_the_same_weights(
     assert content_of(finished.folder, "model.safetensors") == content_of(uninterrupted.folder, "model.safetensors")
 
 
+def test_a_run_killed_between_two_rounds_goes_on_with_the_second(
+    make_workplace: Callable[..., Any], content_of: Content
+) -> None:
+    rounds = ("mining.rounds=2", "mining.student_miner.quota=2", "training.max_steps=4")
+    uninterrupted, killed = make_workplace().run("train_student", *rounds), make_workplace()
+    students = killed.cache / "students"
+    process = killed.start("train_student", *rounds)
+    was_killed = kill_when(process, lambda: any(students.glob("*/manifest.json")), 0.0)
+    [first] = [path for path in students.glob("*/manifest.json") if not path.parent.name.startswith(".")]
+
+    finished = killed.run("train_student", *rounds)
+
+    assert was_killed
+    assert f"student {first.parent.name}: hit" in finished.log
+    assert finished.folder.name == uninterrupted.folder.name != first.parent.name
+    assert content_of(finished.folder, "model.safetensors") == content_of(uninterrupted.folder, "model.safetensors")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_while_training_saves_the_step_and_says_how_to_go_on(
     make_workplace: Callable[..., Any], uninterrupted: Any, content_of: Content, number: signal.Signals, code: int

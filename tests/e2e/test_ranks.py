@@ -170,6 +170,22 @@ def test_sigterm_saves_a_step_of_all_processes_and_the_next_run_goes_on_from_it(
     assert content_of(folder, "model.safetensors") == content_of(uninterrupted[1], "model.safetensors")
 
 
+def test_two_processes_train_the_students_of_two_rounds(make_workplace: Callable[..., Any]) -> None:
+    rounds = ("mining.rounds=2", "training.max_steps=4")
+    workplace = make_workplace()
+
+    folder, _, log = finish(launch(workplace, *rounds))
+
+    assert log.count("step 4 of 4") == 2
+    alone = workplace.run("train_student", *rounds)
+    assert alone.folder == folder
+    assert f"student {folder.name}: hit" in alone.log
+    students = [path for path in (workplace.cache / "students").iterdir() if not path.name.startswith(".")]
+    assert len(students) == 2
+    for path in students:
+        assert manifest_of(path)["counts"]["steps"] == 4
+
+
 def test_a_batch_that_cannot_be_divided_is_refused(make_workplace: Callable[..., Any]) -> None:
     process = launch(make_workplace(), "training.batch_size=5")
 

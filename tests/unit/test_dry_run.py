@@ -202,6 +202,47 @@ def test_an_index_that_cannot_be_trained_is_refused_by_the_plan(plan_of: Callabl
         describe_plan(plan, ("candidates",))
 
 
+def test_a_plan_of_two_rounds_shows_both_and_what_each_costs(plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of("mining.rounds=2", "mining.student_miner.quota=3")
+
+    lines = describe_plan(plan, ["candidates", "tables"]).splitlines()
+
+    first, second = lines.index("round 1 of 2"), lines.index("round 2 of 2")
+    keys = {(each.recipe.mining.rounds, kind): key_of(fields) for each in plan.rounds for kind, fields in each.artifacts(KINDS)}
+    assert [line.split()[:2] for line in lines[first:second] if line.endswith("miss")] == [
+        [kind, keys[1, kind]] for kind in ("candidates", "tables", "students")
+    ]
+    assert [line.split()[:2] for line in lines[second:] if line.endswith("miss")] == [
+        [kind, keys[2, kind]] for kind in ("candidates", "tables")
+    ]
+    # 14 training queries with 15 positives: 4 candidates each, then 3 more.
+    of_first, of_second = (lines[lines.index(f"pairs of round {number}") + 1] for number in (1, 2))
+    assert "pairs wanted 71, " in of_first
+    assert "to score at most 71," in of_first
+    assert "pairs wanted 113, " in of_second
+    assert "to score at most 42," in of_second
+    steps = ["candidates of round 1", "tables of round 1", "students of round 1", "candidates of round 2", "tables of round 2"]
+    assert lines[-1] == "order of work: " + " -> ".join(steps)
+
+
+def test_what_round_2_has_made_needs_nothing_of_round_1(plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of("mining.rounds=2")
+    make(plan, "candidates")
+
+    text = describe_plan(plan, ["candidates", "tables", "students"])
+
+    assert text.endswith("order of work: tables of round 2 -> students of round 2")
+
+
+def test_after_round_1_the_order_of_work_goes_on_with_round_2(plan_of: Callable[..., Plan]) -> None:
+    plan = plan_of("mining.rounds=2")
+    make(plan.rounds[0], "candidates", "tables", "students")
+
+    text = describe_plan(plan, ["candidates", "tables"])
+
+    assert text.endswith("order of work: candidates of round 2 -> tables of round 2")
+
+
 TOGETHER = """
 [collection]
 path = "collection"

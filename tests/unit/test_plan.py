@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from sparsekd.artifact import IntegrityError, key_of, publish
 from sparsekd.labels.building import table_fields
 from sparsekd.plan import Plan
-from sparsekd.recipe import Evaluation, Labels, Run, Student, Training, load_recipe
+from sparsekd.recipe import Evaluation, Labels, Run, SparseMiner, Student, Training, load_recipe
 
 KINDS = ("candidates", "tables", "students", "evaluations")
 ALL = set(KINDS)
@@ -129,6 +129,8 @@ SETTINGS: list[tuple[list[str], str, set[str]]] = [
     ([], "training.scale=20.0", NONE),
     (["training.loss={SparseDistillKLDivLoss = 1, SparseMultipleNegativesRankingLoss = 1}"], "training.scale=20.0", FROM_STUDENT),
     ([], "training.triplet_margin=1.0", NONE),
+    ([], "training.label_scale=2.0", FROM_STUDENT),
+    ([], "training.label_scale=1.0", NONE),  # what it would have been
     ([], "training.precision=bfloat16", FROM_STUDENT),
     ([], "training.dev_queries=5", NONE),
     ([], "training.dev_depth=5", NONE),
@@ -483,3 +485,47 @@ def test_the_whole_plan_imports_no_torch(place: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
 
     assert done.stdout == "False\n"
+
+
+def rounds_keys(plan: Plan, kinds: tuple[str, ...] = KINDS) -> dict[str, str]:
+    return {kind: key_of(fields) for kind, fields in plan.artifacts(kinds)}
+
+
+def test_round_1_of_several_has_the_keys_of_a_recipe_of_one(place: Path) -> None:
+    alone = plan_of()
+    first, second, third = plan_of(["mining.rounds=3", "mining.student_miner.quota=5"]).rounds
+
+    assert rounds_keys(first) == rounds_keys(alone)
+    assert rounds_keys(second) == rounds_keys(plan_of(["mining.rounds=2", "mining.student_miner.quota=5"]))
+    assert len({rounds_keys(each)["students"] for each in (first, second, third)}) == 3
+
+
+def test_each_round_asks_the_students_of_all_rounds_before(place: Path) -> None:
+    first, second, third = plan_of(["mining.rounds=3", "student.query_prompt='q: '"]).rounds
+
+    asked = third.mined_recipe.mining.miners
+    students = [str(each.folder("students", each.student_fields)) for each in (first, second)]
+    assert [miner.model for miner in asked[2:] if isinstance(miner, SparseMiner)] == students
+    assert [miner.query_prompt for miner in asked[2:] if isinstance(miner, SparseMiner)] == ["q: ", "q: "]
+    assert [miner.kind for miner in asked] == ["bm25", "dense", "sparse", "sparse"]
+    encoders = [miner["encoder"] for miner in third.candidates_fields["miners"][2:]]
+    assert encoders == [{"student": Path(folder).name} for folder in students]
+
+
+@pytest.mark.parametrize("change", ["training.learning_rate=1e-3", "student.lambda_query=0.3", "labels.num_negatives=3"])
+def test_what_changes_the_student_of_round_1_mines_again(place: Path, change: str) -> None:
+    rounds = "mining.rounds=2"
+
+    assert rounds_keys(plan_of(), ("candidates",)) == rounds_keys(plan_of([change]), ("candidates",))
+    assert rounds_keys(plan_of([rounds]), ("candidates",)) != rounds_keys(plan_of([rounds, change]), ("candidates",))
+
+
+def test_the_student_miners_settings_leave_round_1_alone(place: Path) -> None:
+    before, after = plan_of(["mining.rounds=2"]), plan_of(["mining.rounds=2", "mining.student_miner.skip=3"])
+
+    assert rounds_keys(before.rounds[0]) == rounds_keys(after.rounds[0])
+    assert set(rounds_keys(before).values()).isdisjoint(rounds_keys(after).values())
+
+
+def test_a_cache_elsewhere_changes_no_key_of_a_later_round(place: Path) -> None:
+    assert rounds_keys(plan_of(["mining.rounds=2"])) == rounds_keys(plan_of(["mining.rounds=2", "run.cache=elsewhere"]))

@@ -206,11 +206,13 @@ def test_an_unknown_key_is_refused_with_its_place_and_the_nearest(refusal: Refus
     [
         (
             COLLECTION + MINER + TEACHER + LEXICAL + 'model = "m"\n' + STUDENT,
-            "[teachers.1] model = 'm' acts on kind = \"dense\" or \"cross-encoder\" or \"sparse\" only; remove the key",
+            '[teachers.1] model = \'m\' acts on kind = "dense" or "cross-encoder" or "sparse" or "late-interaction" '
+            'or "causal-lm" or "seq2seq-lm" only; remove the key',
         ),
         (
             COLLECTION + MINER + LEXICAL + "max_length = 9\n" + STUDENT,
-            "[teachers.0] max_length = 9 acts on kind = \"dense\" or \"cross-encoder\" or \"sparse\" only; remove the key",
+            '[teachers.0] max_length = 9 acts on kind = "dense" or "cross-encoder" or "sparse" or "late-interaction" '
+            'or "causal-lm" or "seq2seq-lm" only; remove the key',
         ),
         (
             COLLECTION + MINER + TEACHER + "k1 = 0.9\n" + STUDENT,
@@ -243,7 +245,8 @@ def test_a_key_of_another_kind_is_refused_with_the_kinds_that_it_acts_on(refusal
         ),
         (
             COLLECTION + MINER + '[[teachers]]\nname = "t"\n' + STUDENT,
-            "[teachers.0] kind is missing; expected one of: dense, cross-encoder, sparse, bm25, file",
+            "[teachers.0] kind is missing; expected one of: dense, cross-encoder, sparse, "
+            "late-interaction, causal-lm, seq2seq-lm, callable, bm25, file",
         ),
         (
             COLLECTION + MINER + IMPORTED.replace("imported", "#") + STUDENT,
@@ -295,7 +298,8 @@ def test_a_missing_key_is_named(refusal: Refusal, text: str, message: str) -> No
         ("teachers.t.kind=bm52", "[teachers.0] kind = 'bm52' is not a known teacher; did you mean bm25?"),
         (
             "teachers.t.kind=x",
-            "[teachers.0] kind = 'x' is not a known teacher; expected one of: dense, cross-encoder, sparse, bm25, file",
+            "[teachers.0] kind = 'x' is not a known teacher; expected one of: dense, cross-encoder, sparse, "
+            "late-interaction, causal-lm, seq2seq-lm, callable, bm25, file",
         ),
         ("mining.fallback={quota = 1}", "[mining.fallback] kind is missing; expected one of: bm25, dense, sparse, run, random"),
         (
@@ -307,6 +311,14 @@ def test_a_missing_key_is_named(refusal: Refusal, text: str, message: str) -> No
             "[mining.fallback] skip = 1 acts on kind = \"bm25\" or \"dense\" or \"sparse\" or \"run\" only; remove the key",
         ),
         ("mining.fallback={quota = 1, kind = 'run'}", "[mining.fallback] path is missing; it has no default"),
+        ("mining.rounds=0", "[mining] rounds = 0: input should be greater than or equal to 1"),
+        ("mining.student_miner.quota=0", "[mining.student_miner] quota = 0: input should be greater than or equal to 1"),
+        ("mining.student_miner.qota=1", "[mining.student_miner] qota is not a known key; did you mean quota?"),
+        (
+            "mining.student_miner.skip=3",
+            "[mining.student_miner] skip = 3 has no effect with rounds = 1: no student mines then; set [mining] rounds = 2 or "
+            "remove the section",
+        ),
         ("mining.miners=[]", "[mining] miners = []: expected at least 1 item"),
         ("mining.miners=[1]", "[mining.miners] 0 = 1: expected a table"),
         ("mining.miners=bm25", "[mining] miners = 'bm25': expected a list of tables, e.g. [[mining.miners]]"),
@@ -422,6 +434,17 @@ def test_an_error_inside_a_list_is_reported_once(refusal: Refusal) -> None:
         ),
         (
             WHOLE,
+            ["mining.rounds=2", "mining.student_miner.skip=93"],
+            "[mining.student_miner] depth = 100 is less than skip + quota = 101: the quota can never be filled; raise depth",
+        ),
+        (
+            WHOLE,
+            ["mining.rounds=2", "labels.kind=similarity", "training.loss=SparseCoSENTLoss"],
+            '[mining] rounds = 2 beside [training] loss = "SparseCoSENTLoss": it trains a student for its cosine, and the student '
+            "mines by the dot product; set rounds = 1 or choose another loss",
+        ),
+        (
+            WHOLE,
             ["labels.num_negatives=9"],
             "[labels] num_negatives = 9, but the quotas of the miners add up to 8: every row would be dropped; "
             "raise a quota or lower num_negatives",
@@ -514,3 +537,38 @@ def test_a_device_of_no_known_kind_is_refused(refusal: Refusal, device: str) -> 
     said = refusal(WHOLE, f'run.device="{device}"')
 
     assert said.startswith(f"[run] device = '{device}': string should match pattern '^(cpu|mps|cuda")
+
+
+OWN = '[train_teacher]\nname = "mine"\nmodel = "b"\n'
+
+
+def test_a_recipe_trains_no_teacher_unless_it_says_so(load: Callable[..., Recipe]) -> None:
+    assert load(WHOLE).train_teacher is None
+    assert load(WHOLE + OWN).train_teacher is not None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "teachers.t.model=trained:mine",
+            '[teachers.0] model = "trained:mine" is a cross-encoder, not "dense"; set kind = "cross-encoder"',
+        ),
+        (
+            "train_teacher.num_negatives=9",
+            "[train_teacher] num_negatives = 9, but the quotas of the miners add up to 8: every row would be dropped; raise "
+            "a quota or lower num_negatives",
+        ),
+        ("train_teacher.max_lenght=9", "[train_teacher] max_lenght is not a known key; did you mean max_length?"),
+        (
+            "train_teacher.loss=HingeLoss",
+            "[train_teacher] loss = 'HingeLoss': input should be 'LambdaLoss', 'ListNetLoss' or 'RankNetLoss'",
+        ),
+        (
+            'train_teacher.name="a/b"',
+            "[train_teacher] name = 'a/b': string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$'",
+        ),
+    ],
+)
+def test_what_cannot_train_a_teacher_is_refused(refusal: Refusal, override: str, message: str) -> None:
+    assert refusal(WHOLE + OWN, override) == message

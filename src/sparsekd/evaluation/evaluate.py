@@ -1,4 +1,4 @@
-"""Measures every system of a recipe on one split: BM25, the teachers, the untrained student, the student.
+"""Measures every system of a recipe on one split: BM25, the teachers, the untrained student, the student of each round.
 
 Each system's ranking is an artifact of its own under ``runs/``, so a second student costs no second look at the others.
 """
@@ -8,15 +8,25 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sparsekd.artifact import Artifact, key_of, publish, read_manifest, verify, write_json_atomically
 from sparsekd.device import prepare_device
 from sparsekd.evaluation.measures import DEPTH, measure
 from sparsekd.evaluation.runs import Ranking, Rankings, write_trec_run
-from sparsekd.evaluation.systems import bm25_rankings, dense_rankings, judgements, rerank_rankings, sparse_teacher_rankings
+from sparsekd.evaluation.systems import (
+    bm25_index,
+    bm25_rankings,
+    dense_rankings,
+    judgements,
+    rerank_rankings,
+    sparse_teacher_rankings,
+)
+from sparsekd.evaluation.vocabulary import VOCABULARY, dim_terms, student_vocabulary, vocabulary_facts
 from sparsekd.experiment import Experiment, student
-from sparsekd.recipe import BM25Teacher, FileTeacher
+from sparsekd.recipe import BM25Teacher, FileTeacher, Teacher
 
 if TYPE_CHECKING:
     from sentence_transformers import SparseEncoder
@@ -24,6 +34,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.json"
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """What a system gave: its ranking, how sparse it is, which terms its postings are of, and what it took."""
+
+    rankings: Rankings
+    sparsity: dict[str, float] = field(default_factory=dict)
+    vocabulary: dict[str, Any] | None = None
+    measured: dict[str, Any] = field(default_factory=dict)
+    """Seconds and counts of this machine; in the manifest, since they differ from run to run."""
 
 
 def evaluate(experiment: Experiment) -> Artifact:
@@ -38,7 +59,7 @@ def evaluate(experiment: Experiment) -> Artifact:
         if isinstance(teacher, FileTeacher):
             logger.info("teacher:%s is not measured: imported scores rank only what they hold", teacher.name)
     trained = student(experiment)
-    runs = {name: _system(experiment, name, system, trained) for name, system in plan.system_fields().items()}
+    runs = {name: _system(experiment, name, system) for name, system in plan.system_fields().items()}
     figures = {name: json.loads((run.folder / METRICS).read_text(encoding="utf-8")) for name, run in runs.items()}
     folder = plan.folder("evaluations", fields)
     extra = {**experiment.provenance(), "student": trained.key}
@@ -49,7 +70,7 @@ def evaluate(experiment: Experiment) -> Artifact:
     return Artifact(folder, read_manifest(folder))
 
 
-def _system(experiment: Experiment, name: str, fields: dict[str, Any], trained: Artifact) -> Artifact:
+def _system(experiment: Experiment, name: str, fields: dict[str, Any]) -> Artifact:
     """Find or make one system's ranking and figures."""
     plan = experiment.plan
     hit = plan.hit("runs", fields)
@@ -57,32 +78,45 @@ def _system(experiment: Experiment, name: str, fields: dict[str, Any], trained: 
         logger.info("evaluation of %s %s: hit", name, hit.key)
         return hit
     folder = plan.folder("runs", fields)
+    started = time.monotonic()
     qrels = judgements(experiment.recipe, experiment.collection, experiment.recipe.evaluation.split)
-    rankings, sparsity = _rank(experiment, name, trained)
-    figures = {**measure(rankings, qrels), **sparsity}
-    with publish(folder, kind="run", fields=fields, extra=experiment.provenance()) as temporary:
-        write_trec_run(temporary / "run.trec", rankings, f"sparsekd-{key_of(fields)}")
+    ranked = _rank(experiment, name)
+    figures = {**measure(ranked.rankings, qrels), **ranked.sparsity}
+    measured = {"measured": ranked.measured} if ranked.measured else {}
+    extra = {**experiment.provenance(), "wall_seconds": time.monotonic() - started, **measured}
+    with publish(folder, kind="run", fields=fields, extra=extra) as temporary:
+        write_trec_run(temporary / "run.trec", ranked.rankings, f"sparsekd-{key_of(fields)}")
         write_json_atomically(temporary / METRICS, figures)
+        if ranked.vocabulary is not None:
+            write_json_atomically(temporary / VOCABULARY, ranked.vocabulary)
     logger.info("evaluation of %s: %s", name, figures)
     return Artifact(folder, read_manifest(folder))
 
 
-def _rank(experiment: Experiment, name: str, trained: Artifact) -> tuple[Rankings, dict[str, float]]:
+def _rank(experiment: Experiment, name: str) -> _Ranked:
     recipe, collection, split = experiment.recipe, experiment.collection, experiment.recipe.evaluation.split
-    if name == "bm25":
-        return _to_depth(bm25_rankings(recipe, collection, split)), {}
-    if name.startswith("teacher:"):
-        teacher = experiment.teacher(name.removeprefix("teacher:"))
-        assert not isinstance(teacher, FileTeacher), name
-        if isinstance(teacher, BM25Teacher):
-            return _to_depth(bm25_rankings(recipe, collection, split, teacher)), {}
-        if teacher.kind == "dense":
-            return dense_rankings(teacher, recipe, collection, split, experiment.embedding_bank), {}
-        if teacher.kind == "sparse":
-            return sparse_teacher_rankings(teacher, recipe, collection, split, experiment.embedding_bank)
-        bm25 = bm25_rankings(recipe, collection, split)
-        return rerank_rankings(teacher, recipe, collection, bm25, experiment.score_bank), {}
-    return _rank_student(experiment, _load_student(experiment, name, trained))
+    if name.startswith("student"):
+        return _rank_student(experiment, load_student(experiment, name))
+    teacher = None if name == "bm25" else experiment.teacher(name.removeprefix("teacher:"))
+    assert not isinstance(teacher, FileTeacher), name
+    if teacher is None or isinstance(teacher, BM25Teacher):
+        return _rank_bm25(experiment, teacher)
+    if isinstance(teacher, Teacher) and teacher.kind == "dense":
+        return _Ranked(dense_rankings(teacher, recipe, collection, split, experiment.embedding_bank))
+    if isinstance(teacher, Teacher) and teacher.kind == "sparse":
+        return _Ranked(*sparse_teacher_rankings(teacher, recipe, collection, split, experiment.embedding_bank))
+    bm25 = bm25_rankings(recipe, collection, split)
+    return _Ranked(rerank_rankings(teacher, recipe, collection, bm25, experiment.score_bank))
+
+
+def _rank_bm25(experiment: Experiment, teacher: BM25Teacher | None) -> _Ranked:
+    recipe, collection = experiment.recipe, experiment.collection
+    index = bm25_index(recipe, collection, teacher)
+    started = time.perf_counter()
+    rankings = bm25_rankings(recipe, collection, recipe.evaluation.split, index=index)
+    measured = {"queries": len(rankings), "search_seconds": time.perf_counter() - started}
+    facts = vocabulary_facts(index.document_frequency, len(collection.passages))
+    return _Ranked(_to_depth(rankings), vocabulary=facts, measured=measured)
 
 
 def _to_depth(rankings: Rankings) -> dict[str, Ranking]:
@@ -90,7 +124,8 @@ def _to_depth(rankings: Rankings) -> dict[str, Ranking]:
     return {query_id: Ranking(hits.passage_ids[:DEPTH], hits.scores[:DEPTH]) for query_id, hits in rankings.items()}
 
 
-def _load_student(experiment: Experiment, name: str, trained: Artifact) -> SparseEncoder:
+def load_student(experiment: Experiment, name: str) -> SparseEncoder:
+    """Return the model of a system that is a student, trained or not, of whichever round, on the recipe's device."""
     from sparsekd.training.fit import untrained_student
 
     device = prepare_device(experiment.recipe.run)
@@ -98,11 +133,13 @@ def _load_student(experiment: Experiment, name: str, trained: Artifact) -> Spars
         return untrained_student(experiment.recipe, experiment.collection).to(device)
     from sentence_transformers import SparseEncoder
 
+    plan = experiment.plan.plan_by_student[name]
+    trained = plan.hit("students", plan.student_fields) or student(Experiment(plan))
     verify(trained)
     return SparseEncoder(str(trained.folder), device=device)
 
 
-def _rank_student(experiment: Experiment, model: SparseEncoder) -> tuple[Rankings, dict[str, float]]:
+def _rank_student(experiment: Experiment, model: SparseEncoder) -> _Ranked:
     from sparsekd.evaluation.student import encode_csr, of_unit_length, sparse_rankings, sparsity
 
     collection, run = experiment.collection, experiment.recipe.run
@@ -111,10 +148,24 @@ def _rank_student(experiment: Experiment, model: SparseEncoder) -> tuple[Ranking
     model.eval()
     queries = [collection.queries[query_id] for query_id in query_ids]
     how: dict[str, Any] = {"batch_tokens": run.batch_tokens, "fused": run.fused_head, "packed": run.packed}
+    times = [time.perf_counter()]
     query_csr = encode_csr(model, queries, role="query", **how)
+    times.append(time.perf_counter())
     passages = list(collection.passages.values())
     passage_csr = encode_csr(model, passages, role="passage", **how)
-    figures = sparsity(query_csr, passage_csr)
+    times.append(time.perf_counter())
+    figures, vocabulary = sparsity(query_csr, passage_csr), student_vocabulary(passage_csr, dim_terms(model))
     if model.similarity_fn_name == "cosine":  # as the losses over pairs leave it
         query_csr, passage_csr = of_unit_length(query_csr), of_unit_length(passage_csr)
-    return sparse_rankings(query_csr, passage_csr, query_ids, passage_ids), figures
+    searching = time.perf_counter()
+    rankings = sparse_rankings(query_csr, passage_csr, query_ids, passage_ids)
+    measured = {
+        "queries": len(queries),
+        "passages": len(passages),
+        "encode_queries_seconds": times[1] - times[0],
+        "encode_passages_seconds": times[2] - times[1],
+        "search_seconds": time.perf_counter() - searching,
+        "device": run.device,
+        "threads": run.threads,
+    }
+    return _Ranked(rankings, figures, vocabulary, measured)

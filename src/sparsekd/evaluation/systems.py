@@ -1,7 +1,7 @@
 """What the student is compared with: BM25, and each teacher in the role it can play.
 
-A dense, sparse or bm25 teacher searches all passages; a cross-encoder reranks BM25's best. Vectors and scores go through the bank,
-so a second evaluation loads no teacher. A reranking is ``evaluation.rerank_depth`` deep, every other at least DEPTH.
+A dense, sparse or bm25 teacher searches all passages; one that scores pairs reranks BM25's best. Vectors and scores go through
+the bank, so a second evaluation loads no teacher. A reranking is ``evaluation.rerank_depth`` deep, every other at least DEPTH.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from sparsekd.labels.banked import BankedScores
 from sparsekd.mining.bm25 import BM25Index
 from sparsekd.mining.dense import dense_search
 from sparsekd.mining.ranking import Scores
-from sparsekd.recipe import BM25Teacher, Recipe, Teacher
-from sparsekd.teachers.cross_encoder import CrossEncoderScorer
+from sparsekd.recipe import BM25Teacher, CallableTeacher, Recipe, Teacher, TokenLogitTeacher
 from sparsekd.teachers.dense import DenseEncoder
 from sparsekd.teachers.embedding import banked_vectors
 from sparsekd.teachers.protocols import Encoder, Scorer
+from sparsekd.teachers.scorers import make_scorer
 from sparsekd.teachers.scoring import PairTexts, bank_scorer
 from sparsekd.teachers.sparse import SparseTeacher, banked_sparse_vectors
 
@@ -44,16 +44,19 @@ def judgements(recipe: Recipe, collection: Collection, split: str) -> Qrels:
     return collection.qrels[split]
 
 
-def bm25_rankings(
-    recipe: Recipe, collection: Collection, split: str, teacher: BM25Teacher | None = None
-) -> dict[str, Ranking]:
+def bm25_index(recipe: Recipe, collection: Collection, teacher: BM25Teacher | None = None) -> BM25Index:
+    """Return BM25 over the passages. k1 and b are the teacher's; without one the evaluation's, the baseline."""
+    settings = teacher or recipe.evaluation
+    return BM25Index(collection.passages, settings.k1, settings.b)
+
+
+def bm25_rankings(recipe: Recipe, collection: Collection, split: str, *, index: BM25Index | None = None) -> dict[str, Ranking]:
     """Return BM25's ranking of every judged query, DEPTH or ``evaluation.rerank_depth`` deep, whichever is more.
 
-    k1 and b are the teacher's; without one the evaluation's, the baseline.
+    ``index`` searches; without one the baseline's is built.
     """
     query_ids = list(judgements(recipe, collection, split))
-    settings = teacher or recipe.evaluation
-    index = BM25Index(collection.passages, settings.k1, settings.b)
+    index = index or bm25_index(recipe, collection)
     depth = max(DEPTH, recipe.evaluation.rerank_depth)
     ids, scores = index.search([collection.queries[query_id] for query_id in query_ids], depth)
     return _by_query(query_ids, ids, scores)
@@ -103,10 +106,14 @@ def sparse_teacher_rankings(
 
 
 def rerank_rankings(
-    teacher: Teacher, recipe: Recipe, collection: Collection, first: Rankings, bank: ScoreBank
+    teacher: Teacher | TokenLogitTeacher | CallableTeacher,
+    recipe: Recipe,
+    collection: Collection,
+    first: Rankings,
+    bank: ScoreBank,
 ) -> dict[str, Ranking]:
-    """Return a cross-encoder's order of the best ``evaluation.rerank_depth`` passages of ``first`` (BM25's rankings)."""
-    return scorer_rankings(CrossEncoderScorer(teacher, recipe.run), teacher.name, recipe, collection, first, bank)
+    """Return a teacher's order, pair by pair, of the best ``evaluation.rerank_depth`` passages of ``first`` (BM25's rankings)."""
+    return scorer_rankings(make_scorer(teacher, recipe.run), teacher.name, recipe, collection, first, bank)
 
 
 def scorer_rankings(

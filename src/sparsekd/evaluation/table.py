@@ -10,7 +10,8 @@ _DIGITS_BY_COLUMN = {"nDCG@10": 4, "RR@10": 4, "R@100": 4, "query_active_dims": 
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:
-    """Return one line per system, without a newline at the end: bm25, the teachers, the student untrained and trained, others.
+    """Return one line per system, without a newline at the end: bm25, the teachers, the student untrained, after each round before
+    the last, and trained; others.
 
     ``metrics["systems"]``: name -> figure -> number; a figure that a system does not have is shown as ``-``.
 
@@ -26,9 +27,9 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
 
 
 def _place(name: str) -> tuple[int, str]:
-    known = ("bm25", "teacher", "student:untrained", "student")
-    name_or_kind = "teacher" if name.startswith("teacher:") else name
-    return (known.index(name_or_kind) if name_or_kind in known else len(known), name)
+    known = ("bm25", "teacher:", "student:untrained", "student:round-", "student")
+    group = next((each for each in ("teacher:", "student:round-") if name.startswith(each)), name)
+    return (known.index(group) if group in known else len(known), name)
 
 
 def _cells(figures: Mapping[str, float]) -> list[str]:

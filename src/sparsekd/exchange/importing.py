@@ -31,7 +31,7 @@ from sparsekd.labels.contract import KIND, TABLE_VERSION, Contract, Kind, table_
 from sparsekd.labels.score_table import ScoreTable
 from sparsekd.mining.shards import ROWS_PER_SHARD, write_shards
 from sparsekd.provenance import provenance
-from sparsekd.recipe.sections import NAME
+from sparsekd.recipe.section import NAME
 from sparsekd.teachers.identity import file_identity
 
 IMPORT_STAGE = "exchange/table v1"

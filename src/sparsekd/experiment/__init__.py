@@ -11,3 +11,4 @@ from sparsekd.experiment.sources import Experiment as Experiment
 from sparsekd.experiment.stages import candidates as candidates
 from sparsekd.experiment.stages import score_table as score_table
 from sparsekd.experiment.stages import student as student
+from sparsekd.experiment.teacher import trained_teacher as trained_teacher

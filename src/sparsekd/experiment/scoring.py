@@ -17,7 +17,7 @@ from sparsekd.experiment.sources import Experiment
 from sparsekd.labels.building import incomplete_teachers
 from sparsekd.labels.rows import filter_pairs
 from sparsekd.mining.candidates import Candidates
-from sparsekd.recipe import BM25Teacher, FileTeacher, Teacher
+from sparsekd.recipe import AnyTeacher, BM25Teacher, FileTeacher, Teacher
 
 if TYPE_CHECKING:
     from sparsekd.teachers.scoring import PairTexts, ScoringCounts
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def score_pairs(
-    experiment: Experiment, mined: Candidates, teachers: Sequence[Teacher | BM25Teacher | FileTeacher]
+    experiment: Experiment, mined: Candidates, teachers: Sequence[AnyTeacher]
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Bank these teachers' scores of every (query, positive or candidate).
 
@@ -51,18 +51,26 @@ def score_pairs(
         pairs = imported.get(teacher.name)
         counts = _bank(experiment, teacher, texts if pairs is None else _pair_texts(experiment, *pairs))
         total = {name: value + getattr(counts, name) for name, value in total.items()}
+        _refuse_constant(experiment, teacher, *(pairs or (query_ids, passage_ids)))
     missing = sum(len(query_ids) - len(pairs[0]) for pairs in imported.values())
     return total | ({"pairs_missing": missing} if missing else {}), gates
 
 
+def _refuse_constant(experiment: Experiment, teacher: AnyTeacher, query_ids: Sequence[str], passage_ids: Sequence[str]) -> None:
+    """Raise ValueError if a teacher gives every pair the same score: nothing can be learnt from it, whatever its calibration."""
+    gold_sim = experiment.banked(teacher)(teacher.name, query_ids, passage_ids)
+    if len(gold_sim) > 1 and gold_sim.min() == gold_sim.max():
+        raise ValueError(
+            f"[[teachers]] {teacher.name!r}: all {len(gold_sim):,} pairs have the score {gold_sim[0]:g} ({teacher.kind}, "
+            f"{teacher.reference}); expected scores that tell passages apart; check what it was given to read, or leave it out"
+        )
+
+
 def _pass_gate(
-    experiment: Experiment,
-    teacher: Teacher | BM25Teacher | FileTeacher,
-    query_ids: Sequence[str],
-    passage_ids: Sequence[str],
+    experiment: Experiment, teacher: AnyTeacher, query_ids: Sequence[str], passage_ids: Sequence[str]
 ) -> dict[str, Any] | None:
-    """Measure a teacher that has many of these pairs to score; None where it has few, is no model, or the recipe has no gate."""
-    if not isinstance(teacher, Teacher) or not teacher.gate:
+    """Measure a teacher that has many of these pairs to score; None where it has few, asks no model, or the recipe has no gate."""
+    if isinstance(teacher, BM25Teacher | FileTeacher) or not teacher.gate:
         return None
     if int(np.isnan(experiment.banked(teacher)(teacher.name, query_ids, passage_ids)).sum()) < gate.LONG_RUN_PAIRS:
         return None
@@ -102,7 +110,7 @@ def _imported_pairs(
     return [query_ids[place] for place in known], [passage_ids[place] for place in known]
 
 
-def _bank(experiment: Experiment, teacher: Teacher | BM25Teacher | FileTeacher, texts: PairTexts) -> ScoringCounts:
+def _bank(experiment: Experiment, teacher: AnyTeacher, texts: PairTexts) -> ScoringCounts:
     """Bank one teacher's scores of these pairs."""
     from sparsekd.teachers.scoring import bank_scorer, bank_scores
 
@@ -111,12 +119,17 @@ def _bank(experiment: Experiment, teacher: Teacher | BM25Teacher | FileTeacher, 
         from sparsekd.teachers.file import FileScorer
 
         return bank_scorer(FileScorer(teacher), teacher.name, run, scores, texts)
-    if not isinstance(teacher, BM25Teacher):
-        return bank_scores(teacher, run, scores, experiment.embedding_bank, texts)
-    from sparsekd.teachers.bm25 import BM25Scorer
+    if isinstance(teacher, BM25Teacher):
+        from sparsekd.teachers.bm25 import BM25Scorer
 
-    scorer = BM25Scorer(teacher, experiment.collection.passages)
-    return bank_scorer(scorer, teacher.name, run, scores, texts, by_query=True)
+        scorer = BM25Scorer(teacher, experiment.collection.passages)
+        return bank_scorer(scorer, teacher.name, run, scores, texts, by_query=True)
+    if isinstance(teacher, Teacher) and teacher.kind != "late-interaction":
+        return bank_scores(teacher, run, scores, experiment.embedding_bank, texts)
+    from sparsekd.teachers.scorers import make_scorer
+
+    by_passage = teacher.kind == "late-interaction"
+    return bank_scorer(make_scorer(teacher, run), teacher.name, run, scores, texts, by_passage=by_passage)
 
 
 def _positions(ids: Sequence[str], unique: Sequence[str]) -> NDArray[np.int32]:

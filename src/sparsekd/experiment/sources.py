@@ -15,7 +15,7 @@ from sparsekd.labels.banked import BankedScores
 from sparsekd.labels.vectors import vector_teacher
 from sparsekd.plan import Plan
 from sparsekd.provenance import provenance
-from sparsekd.recipe import BM25Teacher, DenseMiner, FileTeacher, Recipe, SparseMiner, Teacher
+from sparsekd.recipe import AnyTeacher, DenseMiner, Recipe, SparseMiner, Teacher
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -40,9 +40,9 @@ class Experiment:
         """The passages, queries and qrels the recipe asks for."""
         return self.plan.collection
 
-    def teacher(self, name: str) -> Teacher | BM25Teacher | FileTeacher:
-        """Return the recipe's teacher of that name."""
-        return next(teacher for teacher in self.recipe.teachers if teacher.name == name)
+    def teacher(self, name: str) -> AnyTeacher:
+        """Return the recipe's teacher of that name; one's own cross-encoder with the folder it was trained into."""
+        return next(teacher for teacher in self.plan.teachers if teacher.name == name)
 
     def vector_teacher(self) -> Teacher:
         """Return the one sparse teacher whose vectors label, for labels of kind embedding."""
@@ -50,11 +50,11 @@ class Experiment:
         assert isinstance(teacher, Teacher), teacher.kind
         return teacher
 
-    def scores_of(self, teacher: Teacher | BM25Teacher | FileTeacher) -> TeacherScores:
+    def scores_of(self, teacher: AnyTeacher) -> TeacherScores:
         """Return the banked scores of a teacher."""
         return self.score_bank.open(self.plan.teacher_identities[teacher.name], reference=teacher.reference)
 
-    def banked(self, *teachers: Teacher | BM25Teacher | FileTeacher) -> BankedScores:
+    def banked(self, *teachers: AnyTeacher) -> BankedScores:
         """Return what looks up banked scores of these teachers."""
         return BankedScores(self.collection, {teacher.name: self.scores_of(teacher) for teacher in teachers})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def candidates(experiment: Experiment) -> Candidates:
-    """Find or mine the candidates."""
+    """Find or mine the candidates; of a later round, after finding or training the student that mines in it."""
     plan, fields = experiment.plan, experiment.plan.candidates_fields
     hit = plan.hit("candidates", fields)
     if hit is not None:
@@ -33,8 +34,12 @@ def candidates(experiment: Experiment) -> Candidates:
         return Candidates.open(hit.folder)
     from sparsekd.mining.miners import mine_candidates
 
+    if plan.previous is not None:
+        number = experiment.recipe.mining.rounds
+        logger.info("candidates of round %d are mined with the student of round %d", number, number - 1)
+        student(Experiment(plan.previous))
     return mine_candidates(
-        experiment.recipe,
+        plan.mined_recipe,
         experiment.collection,
         cache=plan.cache,
         fields=fields,
@@ -51,6 +56,7 @@ def score_table(experiment: Experiment) -> ScoreTable:
         logger.info("table %s: hit, no pair scored", hit.key)
         return _examined(experiment, ScoreTable.open(hit.folder))
     mined = candidates(experiment)
+    started = time.monotonic()
     teachers = [experiment.teacher(name) for name in scored_teachers(experiment.recipe)]
     scored, gates = score_pairs(experiment, mined, teachers)
     counts = {**scored, "mining": mined.counts}
@@ -64,7 +70,7 @@ def score_table(experiment: Experiment) -> ScoreTable:
         gold_sim=banked,
         vectors=TeacherVectors(experiment) if experiment.recipe.labels.kind == "embedding" else None,
         counts=counts,
-        extra={**experiment.provenance(), **({"gate": gates} if gates else {})},
+        extra={**experiment.provenance(), "wall_seconds": time.monotonic() - started, **({"gate": gates} if gates else {})},
     )
     logger.info("pairs: %d, %d scored, %d reused", counts["pairs"], counts["pairs_scored"], counts["pairs_reused"])
     return _examined(experiment, table)
@@ -117,7 +123,7 @@ def _trained(experiment: Experiment, table: ScoreTable, folder: Path, work_folde
     from sparsekd.training.card import write_card
     from sparsekd.training.fit import train
 
-    fields = experiment.plan.student_fields
+    fields, started = experiment.plan.student_fields, time.monotonic()
     trained = train(
         experiment.recipe,
         table,
@@ -127,7 +133,11 @@ def _trained(experiment: Experiment, table: ScoreTable, folder: Path, work_folde
         first_stage=experiment.bm25_passages,
     )
     steps = {"steps": trained.num_steps, "resumed_from_step": trained.resumed_from_step}
-    extra: dict[str, Any] = {**experiment.provenance(), "counts": {"rows": len(table), **steps, **trained.counts}}
+    extra: dict[str, Any] = {
+        **experiment.provenance(),
+        "wall_seconds": time.monotonic() - started,  # since the last resume
+        "counts": {"rows": len(table), **steps, **trained.counts},
+    }
     with publish(folder, kind="student", fields=fields, extra=extra) as temporary:
         trained.model.save_pretrained(str(temporary), create_model_card=False)
         write_card(temporary / "README.md", experiment.recipe, table, extra, trained)

@@ -59,6 +59,11 @@ class BM25Index:
         self._positions: Positions = postings["indices"]
         self._starts: NDArray[np.int64] = postings["indptr"]
 
+    @property
+    def document_frequency(self) -> dict[str, int]:
+        """Passages that hold each stem, by stem; stems in reading order."""
+        return dict(zip(self._token_by_stem, np.diff(self._starts).tolist(), strict=True))
+
     def search(self, queries: Sequence[str], depth: int) -> tuple[list[list[str]], list[Scores]]:
         """Return each query's best ``depth`` passage_ids and scores; fewer where fewer passages share a token with it."""
         positions_QK, scores_QK = self.search_positions(queries, depth)

@@ -6,6 +6,7 @@ that it is counted where labels are made. Importing this costs no search library
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,13 @@ class Candidates:
     def counts(self) -> dict[str, int]:
         """Queries, proposals kept and dropped by reason, and shortfalls."""
         return dict(self.artifact.manifest["counts"])
+
+    def kept_by_miner(self) -> dict[str, int]:
+        """Return candidates by the miner that brought them, in the order of first appearance."""
+        kept: Counter[str] = Counter()
+        for path in self._shards:
+            kept.update(pa.chunked_array(read_shard(path, self.artifact).column("miner")).combine_chunks().flatten().to_pylist())
+        return dict(kept)
 
     def __len__(self) -> int:
         return sum(self.artifact.manifest["shards"].values())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ def mine_candidates(
     ``extra`` (command, versions) is recorded in the manifest. Raises ValueError if there are no training judgements, a
     judgement names an unknown query or passage, or nothing at all is kept.
     """
+    started = time.monotonic()
     judged, counts = judged_queries(recipe, collection)
     question, asked = Question(recipe, collection, judged, source), recipe.mining.asked
     rankings = [ranking_of(miner, name, question) for miner, name in zip(asked, miner_names(asked), strict=True)]
@@ -82,6 +84,7 @@ def mine_candidates(
         published["shards"] = write_shards(temporary, "candidates", tables, -(-len(judged) // ROWS_PER_SHARD))
         short.write(temporary / SHORTFALL_FILE)
         published["counts"] = dict(sorted(counts.items()))
+        published["wall_seconds"] = time.monotonic() - started
         if counts["kept"] == 0:
             raise ValueError(
                 f"[mining] no candidate kept for any of {len(judged)} queries ({_by_reason(counts)}); "

@@ -11,21 +11,20 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sparsekd.overrides import apply_override
-from sparsekd.recipe.mining import BM25Miner, DenseMiner, Mining, NegativeFilter, RandomMiner, RunMiner, SparseMiner
-from sparsekd.recipe.sections import (
-    BM25Teacher,
-    Budget,
-    Calibration,
-    Collection,
-    Evaluation,
-    FileTeacher,
-    Labels,
-    Recipe,
-    Run,
-    Student,
-    Teacher,
-    Training,
+from sparsekd.recipe.mining import (
+    BM25Miner,
+    DenseMiner,
+    Mining,
+    NegativeFilter,
+    RandomMiner,
+    RunMiner,
+    SparseMiner,
+    StudentMiner,
 )
+from sparsekd.recipe.sections import Budget, Calibration, Collection, Evaluation, Labels, Recipe, Run, Student, Training
+from sparsekd.recipe.study import SECTIONS, Member, Study
+from sparsekd.recipe.teacher_training import TrainTeacher
+from sparsekd.recipe.teachers import BM25Teacher, CallableTeacher, CausalLMTeacher, FileTeacher, Seq2SeqLMTeacher, Teacher
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -42,11 +41,48 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         raise ValueError(f"{path}: not valid TOML: {error}") from error
     for override in overrides:
         apply_override(document, override)
+    return _validated(document, str(path))
+
+
+def study_members(recipe: Recipe) -> list[Member]:
+    """Return the members of a recipe's study, each validated.
+
+    Raises ValueError naming the member if an override leads nowhere, names a section that members share, or gives what is no
+    recipe; if two members are the same experiment; and if there is none.
+    """
+    if recipe.study is None or not recipe.study.overrides:
+        raise ValueError('[study] has no member; expected grid or members, e.g. members = [[], ["training.max_steps=200"]]')
+    members: list[Member] = []
+    for number, overrides in enumerate(recipe.study.overrides, start=1):
+        place = f"[study] member {number} ({' '.join(overrides) or 'no override'})"
+        member = Member(overrides, _member(recipe, overrides, place))
+        same = next((at for at, other in enumerate(members, start=1) if other.recipe == member.recipe), None)
+        if same is not None:
+            raise ValueError(f"{place} is the same experiment as member {same} ({members[same - 1].name}); remove one of the two")
+        members.append(member)
+    return members
+
+
+def _member(recipe: Recipe, overrides: Sequence[str], place: str) -> Recipe:
+    document = recipe.model_dump(mode="json", exclude_unset=True, exclude={"study"})
+    for override in overrides:
+        section = override.partition("=")[0].strip().partition(".")[0]
+        if section not in SECTIONS:
+            known = ", ".join(SECTIONS)
+            raise ValueError(f"{place}: members may differ in {known}, not in {section!r}; set it for the whole study")
+        try:
+            apply_override(document, override)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+    return _validated(document, place)
+
+
+def _validated(document: dict[str, Any], place: str) -> Recipe:
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
         problems = [problem for problem in error.errors() if not _is_echo(problem)]
-        raise ValueError("\n".join(f"{path}: {_explain(problem)}" for problem in problems)) from error
+        raise ValueError("\n".join(f"{place}: {_explain(problem)}" for problem in problems)) from error
 
 
 def _is_echo(problem: Mapping[str, Any]) -> bool:
@@ -72,6 +108,8 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return f"[{section}] {key} is missing; it has no default"
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         expected = "expected a table"
+    elif kind == "tuple_type" and place[0] == "study":
+        expected = 'expected a list of overrides, e.g. ["labels.num_negatives=2"]'
     elif kind == "tuple_type":
         expected = f"expected a list of tables, e.g. [[{'.'.join(place)}]]"
     elif kind == "too_short":
@@ -103,15 +141,27 @@ _MINERS: dict[str, type[BaseModel]] = {
     "run": RunMiner,
     "random": RandomMiner,
 }
+_TEACHERS: dict[str, type[BaseModel]] = {
+    "dense": Teacher,
+    "cross-encoder": Teacher,
+    "sparse": Teacher,
+    "late-interaction": Teacher,
+    "causal-lm": CausalLMTeacher,
+    "seq2seq-lm": Seq2SeqLMTeacher,
+    "callable": CallableTeacher,
+    "bm25": BM25Teacher,
+    "file": FileTeacher,
+}
 _KINDS: dict[str, dict[str, type[BaseModel]]] = {
     "miners": _MINERS,
     "fallback": _MINERS,
-    "teachers": {"dense": Teacher, "cross-encoder": Teacher, "sparse": Teacher, "bm25": BM25Teacher, "file": FileTeacher},
+    "teachers": _TEACHERS,
 }
 _MODELS: dict[str, type[BaseModel]] = {
     "collection": Collection,
     "mining": Mining,
     "filter": NegativeFilter,
+    "student_miner": StudentMiner,
     "labels": Labels,
     "calibration": Calibration,
     "calibrations": Calibration,
@@ -119,8 +169,10 @@ _MODELS: dict[str, type[BaseModel]] = {
     "student": Student,
     "budget": Budget,
     "training": Training,
+    "train_teacher": TrainTeacher,
     "evaluation": Evaluation,
     "run": Run,
+    "study": Study,
 }
 
 

@@ -1,4 +1,4 @@
-"""The sections of a recipe that say how candidates are found: miners, the filter, what is done where they fall short."""
+"""The sections of a recipe that say how candidates are found: miners, rounds, the filter, what is done where they fall short."""
 
 from __future__ import annotations
 
@@ -71,6 +71,18 @@ class RandomMiner(_Miner):
 Miner = BM25Miner | DenseMiner | SparseMiner | RunMiner | RandomMiner
 
 
+class StudentMiner(Section):
+    """From the second round on, proposes passages by exact search over the vectors of the student that the round before trained."""
+
+    quota: int = Field(default=8, ge=1)
+    """Candidates each such student contributes per query, beside all that were there before it; no more than these are scored anew.
+    8 doubles what one miner of the recipes here brings."""
+    depth: int = Field(default=100, ge=1)
+    """Passages proposed per query, from which the quota is filled in rank order."""
+    skip: int = Field(default=0, ge=0)
+    """Leading ranks left out: the likeliest unjudged positives."""
+
+
 class NegativeFilter(Section):
     """Takes out likely false negatives by comparing each candidate with the query's positives, the weakest where scores decide."""
 
@@ -107,6 +119,12 @@ class Mining(Section):
     """Positive-aware filter; as it stands by default it drops nothing."""
     max_positives: int | None = Field(default=None, ge=1)
     """Positives scored per query, highest grade first, then smallest sha256(passage_id). None takes all."""
+    rounds: int = Field(default=1, ge=1)
+    """Times a student is trained. From the second on the student of the round before mines too, its candidates join those of all
+    miners, and only new pairs reach the teachers. Each round starts from the same weights, as in SPLADE v2's two-step distillation
+    (arXiv 2109.10086): a student differs from the one before by its candidates alone."""
+    student_miner: StudentMiner = StudentMiner()
+    """How the students of earlier rounds mine; needs ``rounds`` above 1."""
 
     @property
     def asked(self) -> tuple[Miner, ...]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
+from sparsekd.recipe.teacher_training import TRAINED
+
 if TYPE_CHECKING:
     from sparsekd.recipe.sections import Recipe
 
@@ -28,6 +30,7 @@ _READS_LABELS = tuple(name for name, kinds in LOSSES.items() if "none" not in ki
 _CONTRASTIVE = tuple(name for name, kinds in LOSSES.items() if "none" in kinds)
 _IN_BATCH = "SparseMultipleNegativesRankingLoss"
 _COMPARES_ROWS = (_IN_BATCH, "SparseCoSENTLoss", "SparseAnglELoss")
+_BY_COSINE = tuple(name for name, kinds in LOSSES.items() if kinds == ("similarity",))
 _REASONS = {
     "SparseDistillKLDivLoss": "it compares distributions over a row's passages, and a softmax over margins leaves the positive out",
     "SparseMarginMSELoss": "it learns signed margins between a positive and its negatives",
@@ -112,10 +115,51 @@ def check_candidates_fill_rows(recipe: Recipe) -> None:
         )
 
 
+def check_rounds(recipe: Recipe) -> None:
+    """Raise ValueError if the students of earlier rounds cannot mine, or are told how although there are none."""
+    mining = recipe.mining
+    asked = mining.student_miner
+    if mining.rounds == 1:
+        changed = [name for name, field in type(asked).model_fields.items() if getattr(asked, name) != field.default]
+        if changed:
+            raise ValueError(
+                f"[mining.student_miner] {changed[0]} = {getattr(asked, changed[0])} has no effect with rounds = 1: no student "
+                "mines then; set [mining] rounds = 2 or remove the section"
+            )
+        return
+    if asked.depth < asked.skip + asked.quota:
+        raise ValueError(
+            f"[mining.student_miner] depth = {asked.depth} is less than skip + quota = {asked.skip + asked.quota}: "
+            "the quota can never be filled; raise depth"
+        )
+    by_cosine = [name for name in recipe.training.losses if name in _BY_COSINE]
+    if by_cosine:
+        raise ValueError(
+            f'[mining] rounds = {mining.rounds} beside [training] loss = "{by_cosine[0]}": it trains a student for its cosine, and '
+            "the student mines by the dot product; set rounds = 1 or choose another loss"
+        )
+
+
 def check_pairings(recipe: Recipe) -> None:
     """Raise ValueError unless labels, losses, wrapper, regularizers and student fit each other, naming what would."""
     for check in (_check_loss_names, _check_student, _check_rows, _check_losses, _check_wrapper, _check_regularizers):
         check(recipe)
+
+
+def check_train_teacher(recipe: Recipe) -> None:
+    """Raise ValueError if [train_teacher] can never have a row, or a teacher of another kind is to be one's own cross-encoder."""
+    for position, teacher in enumerate(recipe.teachers):
+        model = getattr(teacher, "model", "")
+        if model.startswith(TRAINED) and teacher.kind != "cross-encoder":
+            raise ValueError(
+                f'[teachers.{position}] model = "{model}" is a cross-encoder, not "{teacher.kind}"; set kind = "cross-encoder"'
+            )
+    section, proposed = recipe.train_teacher, sum(miner.quota for miner in recipe.mining.miners)
+    if section is not None and section.num_negatives > proposed:
+        raise ValueError(
+            f"[train_teacher] num_negatives = {section.num_negatives}, but the quotas of the miners add up to {proposed}: "
+            "every row would be dropped; raise a quota or lower num_negatives"
+        )
 
 
 def is_custom(name: str) -> bool:

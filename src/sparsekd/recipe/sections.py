@@ -1,4 +1,4 @@
-"""The sections of a recipe as frozen pydantic models: with `mining.py`, the only home of defaults."""
+"""The sections of a recipe as frozen pydantic models: with `mining.py` and `teachers.py`, the only home of defaults."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pydantic import Field, model_validator
 
 from sparsekd.recipe import ensembles, rules
 from sparsekd.recipe.mining import Mining
-from sparsekd.recipe.section import EncoderSpec
 from sparsekd.recipe.section import Section as _Section
-
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+from sparsekd.recipe.study import Study
+from sparsekd.recipe.teacher_training import TrainTeacher
+from sparsekd.recipe.teachers import AnyTeacher
 
 
 class Collection(_Section):
@@ -24,59 +24,6 @@ class Collection(_Section):
     Makes retrieval easier, so figures compare only at equal values. None keeps all."""
     max_train_queries: int | None = Field(default=None, ge=1)
     """Train on this many queries, those of smallest sha256(query_id). None trains on all."""
-
-
-class Teacher(EncoderSpec):
-    """A model whose raw score of a (query, passage) pair is gold_sim."""
-
-    name: str = Field(pattern=NAME)
-    """How recipes, logs and metrics call it; enters no score key."""
-    kind: Literal["dense", "cross-encoder", "sparse"]
-    """``dense``: the bi-encoder's own similarity. ``cross-encoder``: the logit, no activation. ``sparse``: the dot product of a
-    SparseEncoder's vectors."""
-    gate: bool = True
-    """Before it scores 20,000 pairs or more, have it rerank BM25's best passages of judged queries, and stop the run if it ranks
-    worse than BM25: a broken teacher costs minutes, not hours. Changes no score."""
-
-    @property
-    def reference(self) -> str:
-        """What people call it; decides nothing."""
-        return self.model
-
-
-class BM25Teacher(_Section):
-    """BM25 over the collection's passages (Lucene variant, Porter stemmer), the miner's own, whose score of a pair is gold_sim."""
-
-    name: str = Field(pattern=NAME)
-    """How recipes, logs and metrics call it; enters no score key."""
-    kind: Literal["bm25"]
-    k1: float = Field(default=0.9, gt=0)
-    """Term-frequency saturation; 0.9 is Anserini's default."""
-    b: float = Field(default=0.4, ge=0, le=1)
-    """Length normalisation; 0.4 is Anserini's default."""
-
-    @property
-    def reference(self) -> str:
-        """What people call it; decides nothing."""
-        return f"k1={self.k1:g} b={self.b:g}"
-
-
-class FileTeacher(_Section):
-    """Scores that somebody else computed and ``sparsekd import`` has put into the bank; asks no model and scores no new pair."""
-
-    name: str = Field(pattern=NAME)
-    """How recipes, logs and metrics call it; enters no score key."""
-    kind: Literal["file"]
-    imported: str = Field(pattern=NAME)
-    """The ``--name`` the scores were imported under; a pair that they lack is an error, or by ``[labels] missing`` left to
-    the other teachers: never 0, never a mean."""
-    fields: dict[str, str] = Field(default={})
-    """Every ``--field`` they were imported under; together with the name, their identity. None by default."""
-
-    @property
-    def reference(self) -> str:
-        """What people call it; decides nothing."""
-        return " ".join([self.imported, *(f"{name}={value}" for name, value in sorted(self.fields.items()))])
 
 
 class Calibration(_Section):
@@ -277,7 +224,7 @@ class Evaluation(_Section):
     split: Literal["dev", "test"] = "test"
     """Which qrels."""
     rerank_depth: int = Field(default=100, ge=1)
-    """BM25 passages that a cross-encoder reranks."""
+    """BM25 passages that a teacher of pairs reranks: any but dense, sparse and bm25."""
     k1: float = Field(default=0.9, gt=0)
     """BM25 baseline."""
     b: float = Field(default=0.4, ge=0, le=1)
@@ -317,19 +264,23 @@ class Recipe(_Section):
 
     collection: Collection
     mining: Mining
-    teachers: tuple[Annotated[Teacher | BM25Teacher | FileTeacher, Field(discriminator="kind")], ...] = Field(
-        min_length=1, strict=False
-    )
+    train_teacher: TrainTeacher | None = None
+    """A cross-encoder to fine-tune before everything else (``make train-teacher``); None trains none."""
+    teachers: tuple[Annotated[AnyTeacher, Field(discriminator="kind")], ...] = Field(min_length=1, strict=False)
     labels: Labels = Labels()
     student: Student
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     run: Run = Run()
+    study: Study | None = None
+    """Experiments to run and compare over one bank (``make study``); the other stages take the recipe as it stands."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         rules.check_names(self)
         ensembles.check_calibrations(self)
         rules.check_candidates_fill_rows(self)
+        rules.check_rounds(self)
         rules.check_pairings(self)
+        rules.check_train_teacher(self)
         return self

@@ -9,11 +9,11 @@ from typing import Any
 
 from sparsekd.device import prepare_device
 from sparsekd.model_reference import num_positions
-from sparsekd.recipe import EncoderSpec, Run
+from sparsekd.recipe import EncoderSpec, ModelSpec, Run
 
 
-def model_arguments(spec: EncoderSpec, run: Run) -> dict[str, Any]:
-    """Return the arguments that SentenceTransformer and CrossEncoder share.
+def model_arguments(spec: ModelSpec, run: Run) -> dict[str, Any]:
+    """Return the arguments that sentence-transformers' models share.
 
     The dtype is explicit because transformers 5 would otherwise load a checkpoint in the precision it was saved in.
     """
@@ -29,11 +29,17 @@ def model_arguments(spec: EncoderSpec, run: Run) -> dict[str, Any]:
 
 def length_limit(model: Any, spec: EncoderSpec) -> int | None:
     """Return the tokens a loaded model takes, None if it has no limit; ValueError if the recipe asks for more than it can."""
-    positions = num_positions(model)
-    if spec.max_length is not None and positions is not None and 0 < positions < spec.max_length:
-        raise ValueError(
-            f"model {spec.model!r}: max_length = {spec.max_length}, but it has only {positions} positions; "
-            f"expected at most {positions}, or no max_length for the limit it was saved with"
-        )
+    if spec.max_length is not None:
+        refuse_beyond_positions(model, spec.model, spec.max_length, ", or no max_length for the limit it was saved with")
     limit = spec.max_length if spec.max_length is not None else model.max_seq_length
     return None if limit is None or limit > 1_000_000_000 else int(limit)  # a tokenizer without a limit says 1e30
+
+
+def refuse_beyond_positions(model: Any, reference: str, max_length: int, otherwise: str = "") -> None:
+    """Raise ValueError if a loaded model has fewer positions than ``max_length`` tokens; ``otherwise`` ends the message."""
+    positions = num_positions(model)
+    if positions is not None and 0 < positions < max_length:
+        raise ValueError(
+            f"model {reference!r}: max_length = {max_length}, but it has only {positions} positions; "
+            f"expected at most {positions}{otherwise}"
+        )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,3 +55,16 @@ class Scorer(Protocol):
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
         """Return float32 [n], raw, in input order; ValueError if not finite."""
+
+
+@runtime_checkable
+class BatchedScorer(Scorer, Protocol):
+    """A Scorer in two steps, so that a shard's tokens are made beside the model's work on the one before, and batches are formed
+    over a whole shard.
+    """
+
+    def tokenize(self, pairs: Sequence[tuple[str, str]]) -> Any:
+        """Return what ``score_tokens`` takes; called by one thread at a time, which may be another than the one that scores."""
+
+    def score_tokens(self, tokens: Any, done: Callable[[int], object]) -> NDArray[np.float32]:
+        """Return float32 [n] as ``score`` does; ``done`` is told of pairs as they are scored."""

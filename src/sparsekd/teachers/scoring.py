@@ -2,14 +2,15 @@
 
 Pairs are taken over all queries at once, made unique by content, and sorted longest first with ties by content, so that batches
 hold texts of near-equal length and a run resumed after a crash forms the batches the uninterrupted one would have formed. The
-teacher's model is loaded only if a pair is missing. A crash loses at most one shard of ``run.shard_pairs`` pairs.
+teacher's model is loaded only if a pair is missing. A crash loses at most one shard of ``run.shard_pairs`` pairs, and memory holds
+the tokens of two: beside the texts and the banks, a pair takes some 60 bytes until all are scored.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,13 @@ from sparsekd.bank.scores import TeacherScores
 from sparsekd.bank.sparse import SparseBank
 from sparsekd.bank.text_key import text_keys
 from sparsekd.recipe import Run, Teacher
-from sparsekd.teachers.batching import BLOCK
+from sparsekd.teachers.batching import BLOCK, made_ahead
 from sparsekd.teachers.cross_encoder import CrossEncoderScorer
 from sparsekd.teachers.dense import DenseEncoder
 from sparsekd.teachers.embedding import banked_vectors
 from sparsekd.teachers.keys import unique_keys
-from sparsekd.teachers.progress import progress
-from sparsekd.teachers.protocols import Encoder, Role, Scorer
+from sparsekd.teachers.progress import Progress, progress
+from sparsekd.teachers.protocols import BatchedScorer, Encoder, Role, Scorer
 from sparsekd.teachers.sparse import SparseTeacher, banked_sparse_vectors, pairwise_dot
 
 if TYPE_CHECKING:
@@ -60,9 +61,7 @@ class ScoringCounts:
     """Pairs (cross-encoder) or texts (dense) cut to the length limit, among those computed now."""
 
 
-def bank_scores(
-    teacher: Teacher, run: Run, scores: TeacherScores, embeddings: EmbeddingBank, texts: PairTexts
-) -> ScoringCounts:
+def bank_scores(teacher: Teacher, run: Run, scores: TeacherScores, embeddings: EmbeddingBank, texts: PairTexts) -> ScoringCounts:
     """Append the gold_sim of every unknown pair to ``scores``; a bi-encoder's vectors go to ``embeddings`` (or its ``sparse``) too.
 
     ``scores`` must be open under ``teacher_identity(teacher)``. Raises ValueError, banking nothing of the shard, if the teacher
@@ -76,20 +75,32 @@ def bank_scores(
 
 
 def bank_scorer(
-    scorer: Scorer, name: str, run: Run, scores: TeacherScores, texts: PairTexts, *, by_query: bool = False
+    scorer: Scorer,
+    name: str,
+    run: Run,
+    scores: TeacherScores,
+    texts: PairTexts,
+    *,
+    by_query: bool = False,
+    by_passage: bool = False,
 ) -> ScoringCounts:
     """Fill ``scores`` from any Scorer; ``name`` is for the log.
 
-    ``by_query`` hands over the pairs of one query together, for a scorer that texts of mixed lengths cost nothing.
+    ``by_query`` hands over the pairs of one query together, for a scorer that texts of mixed lengths cost nothing; ``by_passage``
+    those of one passage, for one that keeps what it made of the latest texts.
     """
     pairs = _look_up(scores, texts)
     if by_query:
         pairs = replace(pairs, missing=np.sort(pairs.missing))  # pairs are in order of query keys
+    if by_passage:
+        keys_M2 = pairs.passage_keys[pairs.missing]
+        pairs = replace(pairs, missing=pairs.missing[np.lexsort((keys_M2[:, 1], keys_M2[:, 0]))])
 
-    def score(block: Positions) -> GoldSim:
-        return scorer.score([pairs.texts_of(position) for position in block])
-
-    _commit_shards(pairs, score, name, run, scores)
+    if isinstance(scorer, BatchedScorer):
+        _commit_shards(pairs, lambda shards, bar: _score_ahead(scorer, pairs, shards, bar), name, run, scores)
+    else:
+        score = _by_block(lambda block: scorer.score([pairs.texts_of(position) for position in block]))
+        _commit_shards(pairs, score, name, run, scores)
     return _counts(pairs, scorer.num_truncated)
 
 
@@ -135,7 +146,7 @@ def _bank_vector_scores(
         left, right = query_row[pairs.queries[block]], passage_row[pairs.passages[block]]
         return similarity(query_vectors[left], passage_vectors[right])
 
-    _commit_shards(pairs, score, name, run, scores)
+    _commit_shards(pairs, _by_block(score), name, run, scores)
     return pairs
 
 
@@ -163,9 +174,7 @@ def _look_up(scores: TeacherScores, texts: PairTexts) -> _Pairs:
     passage_keys, passage_first, passage_rank = unique_keys(text_keys(texts.passages))
     # One integer per pair, ordered by query key, then passage key: the order the bank is fastest in.
     width = max(1, len(passage_keys))
-    query_of, passage_of = np.divmod(
-        np.unique(query_rank[texts.query_index] * width + passage_rank[texts.passage_index]), width
-    )
+    query_of, passage_of = np.divmod(np.unique(query_rank[texts.query_index] * width + passage_rank[texts.passage_index]), width)
     queries, passages = query_first[query_of], passage_first[passage_of]
     gold_sim = scores.lookup(query_keys[query_of], passage_keys[passage_of])
     missing = np.flatnonzero(np.isnan(gold_sim))
@@ -189,17 +198,42 @@ def _vectors_of(
     return vectors([texts[place] for place in used], role), row_by_place
 
 
-def _commit_shards(pairs: _Pairs, score: Callable[[Positions], GoldSim], name: str, run: Run, scores: TeacherScores) -> None:
-    """Score the missing pairs block by block, append them shard by shard, and log counts, rate and range."""
-    total, todo = len(pairs.gold_sim), len(pairs.missing)
-    started = time.monotonic()
-    with progress(f"{name}, {(total - todo) / max(1, total):.0%} of {total} reused", total=todo, unit="pairs") as bar:
-        for start in range(0, todo, run.shard_pairs):
-            shard = pairs.missing[start : start + run.shard_pairs]
+ScoreShards = Callable[[list[Positions], Progress], Iterator[GoldSim]]
+
+
+def _by_block(score: Callable[[Positions], GoldSim]) -> ScoreShards:
+    """Score each shard by BLOCKs of pairs."""
+
+    def score_shards(shards: list[Positions], bar: Progress) -> Iterator[GoldSim]:
+        for shard in shards:
+            gold_sim = np.empty(len(shard), dtype=np.float32)
             for begin in range(0, len(shard), BLOCK):
                 block = shard[begin : begin + BLOCK]
-                pairs.gold_sim[block] = score(block)
+                gold_sim[begin : begin + BLOCK] = score(block)
                 bar.update(len(block))
+            yield gold_sim
+
+    return score_shards
+
+
+def _score_ahead(scorer: BatchedScorer, pairs: _Pairs, shards: list[Positions], bar: Progress) -> Iterator[GoldSim]:
+    """Score each shard while the tokens of the next are made."""
+
+    def tokenize(shard: Positions) -> Any:
+        return scorer.tokenize([pairs.texts_of(int(position)) for position in shard])
+
+    for tokens in made_ahead(tokenize, shards):
+        yield scorer.score_tokens(tokens, bar.update)
+
+
+def _commit_shards(pairs: _Pairs, score: ScoreShards, name: str, run: Run, scores: TeacherScores) -> None:
+    """Score the missing pairs, append them shard by shard, and log counts, rate and range."""
+    total, todo = len(pairs.gold_sim), len(pairs.missing)
+    shards = [pairs.missing[start : start + run.shard_pairs] for start in range(0, todo, run.shard_pairs)]
+    started = time.monotonic()
+    with progress(f"{name}, {(total - todo) / max(1, total):.0%} of {total} reused", total=todo, unit="pairs") as bar:
+        for shard, gold_sim in zip(shards, score(shards, bar), strict=True):
+            pairs.gold_sim[shard] = gold_sim
             _append(pairs, shard, scores)
     rate = todo / max(time.monotonic() - started, 1e-9)
     _log.info("teacher %s: %d pairs, scored %d, reused %d, %.1f pairs/s", name, total, todo, total - todo, rate)

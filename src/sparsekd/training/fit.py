@@ -84,7 +84,7 @@ def train(
 
     check_for_loss(table, recipe.training.losses)
     rows = training_rows(table, collection)
-    ranks.call_others()
+    ranks.call_others(key)
     set_seed(recipe.training.seed)
     model = untrained_student(recipe, collection)
     check_vector_space(table, model)

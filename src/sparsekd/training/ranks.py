@@ -13,17 +13,17 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-Word = Literal["train", "done"]
 
 _BUCKET_ELEMENTS = 1 << 23  # 32 MB of float32 are averaged at a time, beside the gradients themselves
 _WAITING_DAYS = 30  # the others wait as long as stage 1 takes; the launcher ends them if the first process dies
-_said: list[Word] | None = None  # by the first process while it leads
+_DONE = "done"
+_said: list[str] | None = None  # by the first process while it leads
 
 
 def num_processes() -> int:
@@ -68,27 +68,28 @@ def leading() -> Iterator[None]:
     try:
         yield
     finally:
-        _say("done")
+        _say(_DONE)
         _said = None
 
 
-def words() -> Iterator[Word]:
-    """In every other process: yield each word of the first one as it comes, until it is done."""
+def words() -> Iterator[str]:
+    """In every other process: yield the key of each student that the first one trains, as it comes to it, until it is done."""
     for number in itertools.count():
         store = _store()
         store.wait([f"word {number}"], datetime.timedelta(days=_WAITING_DAYS))
-        if store.get(f"word {number}") == b"done":
+        word = store.get(f"word {number}").decode()
+        if word == _DONE:
             return
-        yield "train"
+        yield word
 
 
-def call_others() -> None:
-    """Have the processes that wait in ``words`` train too; does nothing outside ``leading``, where each came by itself."""
+def call_others(key: str) -> None:
+    """Have the processes that wait in ``words`` train this student too; nothing outside ``leading``, where each came by itself."""
     if _said is not None:
-        _say("train")
+        _say(key)
 
 
-def _say(word: Word) -> None:
+def _say(word: str) -> None:
     assert _said is not None
     _store().set(f"word {len(_said)}", word)
     _said.append(word)

@@ -78,15 +78,15 @@ def check_vector_space(table: ScoreTable, model: SparseEncoder) -> None:
             f"{table.artifact.folder}: the teacher's vectors have {table.contract.dimension} dims, the student's have {ours}; "
             "choose a student of the teacher's vocabulary, or [labels] of another kind"
         )
-    if table.contract.vocabulary is not None and _dims_are_terms(model):
+    if table.contract.vocabulary is not None and dims_are_terms(model):
         check_vocabulary(table.contract.vocabulary, model, f"the teacher of {table.artifact.folder}")
 
 
 def check_vocabulary(teacher_digest: str, model: SparseEncoder, teacher: str) -> None:
     """Raise ValueError unless the student's terms are the teacher's, in the same order; for students whose dims are terms."""
-    if not _dims_are_terms(model):
+    if not dims_are_terms(model):
         return
-    ours = vocabulary_digest(_tokenizer_of(model).get_vocab())
+    ours = vocabulary_digest(tokenizer_of(model).get_vocab())
     if teacher_digest != ours:
         raise ValueError(
             f"the vocabulary of {teacher} ({teacher_digest[:12]}) is not the student's ({ours[:12]}): the same dim would mean "
@@ -126,11 +126,13 @@ def _join_texts(texts: Mapping[Role, Mapping[str, str]], dimension: int) -> Call
     return join
 
 
-def _dims_are_terms(model: SparseEncoder) -> bool:
+def dims_are_terms(model: SparseEncoder) -> bool:
+    """Whether each dim of the student's vectors is a term of its tokenizer: not so for an autoencoder's."""
     return not any(type(module).__name__ == "SparseAutoEncoder" for module in model.modules())
 
 
-def _tokenizer_of(model: SparseEncoder) -> Any:
+def tokenizer_of(model: SparseEncoder) -> Any:
+    """Return the student's tokenizer, whichever route holds it; both routes have the same."""
     first: Any = model[0]
     routes = getattr(first, "sub_modules", None)
     return first.tokenizer if routes is None else next(iter(routes.values()))[0].tokenizer

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from sparsekd.evaluation.measures import MEASURES, measure
+from sparsekd.evaluation.measures import MEASURES, measure, measure_queries
 from sparsekd.evaluation.runs import Ranking, ranked
 
 Qrels = dict[str, dict[str, int]]
@@ -116,3 +116,21 @@ def test_random_rankings_agree_with_the_second_formula() -> None:
 def test_measuring_without_judgements_is_refused() -> None:
     with pytest.raises(ValueError, match="no judged query"):
         measure({"q": in_order(["a"])}, {})
+
+
+def test_values_of_queries_have_the_measures_as_their_means() -> None:
+    rng = np.random.default_rng(5)
+    passages = [f"p{number}" for number in range(150)]
+    judged = [rng.choice(passages, 9).tolist() for _ in range(7)]
+    qrels = {f"q{row}": {p: int(rng.integers(0, 3)) for p in chosen} | {"p0": 1} for row, chosen in enumerate(judged)}
+    rankings = {query_id: in_order(rng.permutation(passages)[:100].tolist()) for query_id in list(qrels)[:-1]}
+
+    values = measure_queries(rankings, qrels)
+
+    assert {name: list(by_query) for name, by_query in values.items()} == {name: list(qrels) for name in MEASURES}
+    assert all(by_query["q6"] == 0 for by_query in values.values())
+    means = {name: float(np.mean(list(by_query.values()))) for name, by_query in values.items()}
+    assert means == pytest.approx(measure(rankings, qrels), abs=1e-12)
+    for query_id, grades in qrels.items():
+        alone = second_formula(rankings, {query_id: grades})
+        assert {name: values[name][query_id] for name in MEASURES} == pytest.approx(alone, abs=1e-12)

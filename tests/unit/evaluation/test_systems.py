@@ -14,6 +14,7 @@ from sparsekd.bank.scores import ScoreBank
 from sparsekd.collection.beir import Collection
 from sparsekd.evaluation.runs import Ranking, ranked
 from sparsekd.evaluation.systems import (
+    bm25_index,
     bm25_rankings,
     dense_rankings,
     encoder_rankings,
@@ -51,7 +52,7 @@ def test_bm25_is_as_deep_as_measures_and_reranking_need(make_recipe: Make, reran
 def test_a_bm25_teacher_ranks_by_its_own_k1_and_b(make_recipe: Make, collection: Collection) -> None:
     teacher = BM25Teacher(name="b", kind="bm25", k1=1.2, b=0.75)
 
-    rankings = bm25_rankings(make_recipe(), collection, "test", teacher)
+    rankings = bm25_rankings(make_recipe(), collection, "test", index=bm25_index(make_recipe(), collection, teacher))
 
     expected, baseline = (bm25_rankings(make_recipe(**settings), collection, "test") for settings in ({"k1": 1.2, "b": 0.75}, {}))
     assert ids(rankings) == ids(expected)

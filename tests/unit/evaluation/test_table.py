@@ -8,7 +8,7 @@ from sparsekd.evaluation.table import metrics_table
 def test_systems_stand_in_order_and_absent_figures_are_dashes() -> None:
     measured = {"nDCG@10": 0.123456, "RR@10": 1.0, "R@100": 0.5}
     sparse = {"query_active_dims": 12.34, "passage_active_dims": 1234.56, "FLOPS": 0.0042}
-    order = ["bm25", "teacher:a", "teacher:z", "student:untrained", "student", "other"]
+    order = ["bm25", "teacher:a", "teacher:z", "student:untrained", "student:round-1", "student:round-2", "student", "other"]
 
     table = metrics_table({"systems": {name: {**measured, **(sparse if "student" in name else {})} for name in sorted(order)}})
 

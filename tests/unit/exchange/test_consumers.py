@@ -1,6 +1,6 @@
 """What is exported is read, and trained on, by those it is for: datasets, sentence-transformers, and the contracts of others.
 
-PyLate and FlagEmbedding are not installed here; what they ask of a file is written down from their sources, which are named.
+What PyLate and FlagEmbedding ask of a file is written down from their sources, which are named; test_peers.py asks themselves.
 """
 
 from __future__ import annotations

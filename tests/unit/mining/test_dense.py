@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,13 @@ def test_two_faiss_distributions_are_refused_by_name() -> None:
 
     with pytest.raises(ValueError, match=r"faiss-cpu 1.15.1 and faiss-gpu 1.15.1 are both installed .* one of them is damaged"):
         check_one_faiss(["faiss-cpu 1.15.1", "faiss-gpu 1.15.1"])
+
+
+def test_a_missing_faiss_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)  # import faiss now raises, as where it is not installed
+
+    with pytest.raises(ValueError, match=r"needs FAISS, but import faiss failed \(.*\); install faiss-cpu or faiss-gpu"):
+        dense_search(vectors(1, 4, 1), vectors(2, 4, 2), ["a", "b"], similarity="dot", depth=1, device="cpu")
 
 
 @pytest.mark.gpu

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
-from sparsekd.teachers.batching import length_batches
+from sparsekd.teachers.batching import TokenBudget, forward_batches, length_batches, made_ahead
 from sparsekd.teachers.keys import unique_keys
 
 
@@ -36,3 +39,71 @@ def test_unique_keys_are_sorted_and_lead_back() -> None:
     assert [tuple(row) for row in unique.tolist()] == sorted(set(rows))
     assert first.tolist() == [rows.index(tuple(row)) for row in unique.tolist()]
     assert (unique[inverse] == keys).all()
+
+
+def word_counts(lengths: np.ndarray) -> Callable[[np.ndarray], Callable[[], np.ndarray]]:
+    """A forward whose score of a text is its length."""
+    return lambda batch: lambda: lengths[batch].astype(np.float32)
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 10_000])
+def test_forward_batches_gives_scores_in_input_order_and_tells_of_each(tokens: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 128, size=300)
+    told: list[int] = []
+
+    scores = forward_batches(word_counts(lengths), lengths, TokenBudget(tokens), told.append)
+
+    assert scores.tolist() == lengths.tolist()
+    assert sum(told) == 300
+
+
+def test_forward_batches_are_length_batches() -> None:
+    lengths = np.random.default_rng(0).integers(1, 128, size=100)
+    batches: list[list[int]] = []
+
+    def forward(batch: np.ndarray) -> Callable[[], np.ndarray]:
+        batches.append(batch.tolist())
+        return word_counts(lengths)(batch)
+
+    forward_batches(forward, lengths, TokenBudget(500), lambda _: None)
+
+    assert batches == [batch.tolist() for batch in length_batches(lengths, 500)]
+
+
+def test_the_next_batch_is_queued_before_scores_are_waited_for() -> None:
+    events: list[str] = []
+
+    def forward(batch: np.ndarray) -> Callable[[], np.ndarray]:
+        events.append(f"queue {batch[0]}")
+        return lambda: (events.append(f"wait {batch[0]}"), np.zeros(1, dtype=np.float32))[1]
+
+    forward_batches(forward, np.array([1, 1, 1]), TokenBudget(1), lambda _: None)
+
+    assert events == ["queue 0", "queue 1", "wait 0", "queue 2", "wait 1", "wait 2"]
+
+
+def test_the_next_item_is_made_while_the_last_is_in_use() -> None:
+    made = [threading.Event() for _ in range(3)]
+    threads: list[str] = []
+
+    def make(number: int) -> int:
+        threads.append(threading.current_thread().name)
+        made[number].set()
+        return number
+
+    used = []
+    for number in made_ahead(make, range(3)):
+        assert number == 2 or made[number + 1].wait(timeout=30)
+        used.append(number)
+
+    assert used == [0, 1, 2]
+    assert threads[0] == threading.current_thread().name
+    assert threading.current_thread().name not in threads[1:]
+
+
+def test_what_goes_wrong_while_making_ahead_is_raised_after_what_was_made() -> None:
+    made = made_ahead(lambda number: 1 // (1 - number), [0, 1, 0])
+
+    assert next(made) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(made)

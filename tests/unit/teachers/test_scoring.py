@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sparsekd.bank.scores import ScoreBank, TeacherScores
 from sparsekd.bank.text_key import text_keys
 from sparsekd.recipe import Run, Teacher
 from sparsekd.teachers import progress
+from sparsekd.teachers.batching import TokenBudget, forward_batches
 from sparsekd.teachers.embedding import banked_vectors
 from sparsekd.teachers.identity import teacher_identity
 from sparsekd.teachers.scoring import PairTexts, ScoringCounts, bank_scorer, bank_scores, bank_similarities
@@ -43,6 +45,36 @@ class WordOverlap:
             np.nan if passage == self._nan_for else len({*query.split()} & {*passage.split()}) for query, passage in pairs
         ]
         return np.array(scores, dtype=np.float32)
+
+
+class CountedMemory:
+    """A BatchedScorer: words in common, by batches that raise a real error of some allocator where they exceed its memory."""
+
+    def __init__(self, allocate: Callable[[], object], *, tokens: int, capacity: int) -> None:
+        self.identity: dict[str, Any] = {"kind": "word overlap"}
+        self.num_truncated = 0
+        self.budget = TokenBudget(tokens)
+        self.failures = 0
+        self.shards: list[tuple[str, int]] = []
+        self._allocate, self._capacity = allocate, capacity
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        return self.score_tokens(self.tokenize(pairs), lambda _: None)
+
+    def tokenize(self, pairs: Sequence[tuple[str, str]]) -> list[list[set[str]]]:
+        self.shards.append((threading.current_thread().name, len(pairs)))
+        return [[{*query.split()}, {*passage.split()}] for query, passage in pairs]
+
+    def score_tokens(self, tokens: list[list[set[str]]], done: Callable[[int], object]) -> np.ndarray:
+        lengths = np.array([len(query) + len(passage) for query, passage in tokens])
+
+        def forward(batch: np.ndarray) -> Callable[[], np.ndarray]:
+            if len(batch) * lengths[batch].max() > self._capacity:
+                self.failures += 1
+                self._allocate()
+            return lambda: np.array([len(tokens[place][0] & tokens[place][1]) for place in batch], dtype=np.float32)
+
+        return forward_batches(forward, lengths, self.budget, done)
 
 
 class LetterCounts:
@@ -207,6 +239,84 @@ def test_a_teacher_that_gives_nan_is_refused_and_its_shard_not_banked(scores: Te
         bank_scorer(teacher, "overlap", Run(), scores, texts)
 
     assert scores.num_pairs == 0
+
+
+def torch_allocation() -> object:
+    import torch
+
+    return torch.empty(1 << 50)
+
+
+ALLOCATIONS: dict[str, Callable[[], object]] = {
+    "Python": lambda: bytearray(1 << 60),
+    "NumPy": lambda: np.ones(1 << 60, dtype=np.uint8),
+    "torch": torch_allocation,
+}
+
+
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_out_of_memory_halves_the_batch_and_scoring_goes_on(
+    scores: TeacherScores, texts: PairTexts, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = CountedMemory(ALLOCATIONS[name], tokens=4096, capacity=300)
+
+    counts = bank_scorer(teacher, "overlap", Run(shard_pairs=70), scores, texts)
+
+    expected = WordOverlap().score([(query, passage) for query in texts.queries for passage in texts.passages])
+    assert known(scores, texts).tolist() == expected.tolist()
+    assert counts.pairs_scored == 210
+    assert 1 <= teacher.failures <= 4  # once per halving, not once per batch or shard
+    assert teacher.budget.tokens <= 300
+    said = [record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()]
+    assert len(said) == teacher.failures
+    assert said[0].startswith("out of memory at 4096 tokens per forward pass; going on with ")
+
+
+def test_a_pair_that_alone_exceeds_memory_is_an_error_that_says_what_to_do(scores: TeacherScores, texts: PairTexts) -> None:
+    teacher = CountedMemory(ALLOCATIONS["torch"], tokens=4096, capacity=10)
+
+    with pytest.raises(MemoryError, match=r"out of memory on one text of \d+ tokens alone \(.*allocate.*\); lower max_length, or"):
+        bank_scorer(teacher, "overlap", Run(), scores, texts)
+
+    assert scores.num_pairs == 0
+
+
+def test_another_runtime_error_is_not_taken_for_lack_of_memory(scores: TeacherScores, texts: PairTexts) -> None:
+    import torch
+
+    teacher = CountedMemory(lambda: torch.ones(2) @ torch.ones(3), tokens=4096, capacity=10)
+
+    with pytest.raises(RuntimeError, match="size"):
+        bank_scorer(teacher, "overlap", Run(), scores, texts)
+
+    assert teacher.failures == 1
+
+
+def test_shards_after_the_first_are_tokenized_off_the_main_thread(scores: TeacherScores, texts: PairTexts) -> None:
+    teacher = CountedMemory(ALLOCATIONS["torch"], tokens=64, capacity=4096)
+
+    bank_scorer(teacher, "overlap", Run(shard_pairs=60), scores, texts)
+
+    threads, sizes = zip(*teacher.shards, strict=True)
+    assert sizes == (60, 60, 60, 30)
+    assert threads[0] == threading.current_thread().name
+    assert threading.current_thread().name not in threads[1:]
+
+
+def test_a_cross_encoders_shards_hold_its_scores_of_each_pair(
+    tmp_path: Path, texts: PairTexts, tiny_cross_encoder_folder: Path
+) -> None:
+    from sparsekd.teachers.cross_encoder import CrossEncoderScorer
+
+    teacher = Teacher(name="t", kind="cross-encoder", model=str(tiny_cross_encoder_folder), max_length=64)
+    banks = open_banks(tmp_path, teacher)
+
+    counts = bank_scores(teacher, Run(shard_pairs=64, batch_tokens=200), *banks, texts)
+
+    scorer = CrossEncoderScorer(teacher, Run())
+    expected = scorer.score([(query, passage) for query in texts.queries for passage in texts.passages])
+    np.testing.assert_allclose(known(banks[0], texts), expected, atol=1e-5)
+    assert counts.num_truncated == scorer.num_truncated
 
 
 def test_a_fully_banked_teacher_is_not_loaded(tmp_path: Path, texts: PairTexts, tiny_cross_encoder_folder: Path) -> None:
