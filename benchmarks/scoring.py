@@ -184,6 +184,8 @@ def text_pairs(tokenizer: Any, kind: str, count: int) -> tuple[Pairs, int]:
     for query in queries[: count // PASSAGES_PER_QUERY]:
         kept = 0
         while kept < PASSAGES_PER_QUERY:
+            if place > len(texts) * (count + 1):
+                raise ValueError(f"no docstring gives a pair of {shortest} to {longest} tokens; give another --model's tokenizer")
             text, place = texts[place % len(texts)], place + 1
             length = len(tokenizer(query, text, verbose=False)["input_ids"])
             if shortest <= length <= longest:
