@@ -34,9 +34,7 @@ Values = Mapping[str, float]
 """query_id -> a measure."""
 
 
-def examples(
-    experiment: Experiment, evaluation: Artifact, student: Artifact, chosen: Mapping[str, str], best: Rankings
-) -> Artifact:
+def examples(experiment: Experiment, evaluation: Artifact, chosen: Mapping[str, str], best: Rankings) -> Artifact:
     """Find or make the examples of a finished evaluation. ``chosen``: query_id -> reason; ``best``: the student's ranking."""
     plan = experiment.plan
     fields = {"stage": "examples", "version": EXAMPLES_VERSION, "evaluation": evaluation.key, "chosen": dict(chosen)}

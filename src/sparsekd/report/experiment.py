@@ -130,7 +130,7 @@ def _read_examples(experiment: Experiment, results: Results) -> list[Example]:
     systems = [results.systems.get(BM25), best, results.systems.get(UNTRAINED)]
     bm25, teacher, untrained = (system.values[MEASURES[0]] if system else {} for system in systems)
     chosen = choose_queries(student.values[MEASURES[0]], bm25, teacher, untrained)
-    made = examples(experiment, evaluation, trained, chosen, student.rankings)
+    made = examples(experiment, evaluation, chosen, student.rankings)
     told = json.loads((made.folder / EXAMPLES).read_text(encoding="utf-8"))["queries"]
     shown = {name: system for name, system in results.systems.items() if system in (results.systems.get(BM25), best, student)}
     order = {BM25: 0, STUDENT: 2}
