@@ -79,7 +79,7 @@ def test_each_kind_labels_and_reranks_from_one_bank(
     again = make_experiment({"num_negatives": 1}, teachers=[section(kind)], run=elsewhere(make_experiment))
     assert score_table(again).counts["pairs_scored"] == 0
 
-    rankings, _ = _rank(experiment, "teacher:it", None)  # type: ignore[arg-type]
+    rankings = _rank(experiment, "teacher:it").rankings
     bm25 = bm25_rankings(experiment.recipe, texts, "test")
     assert {query_id: sorted(hits.passage_ids) for query_id, hits in rankings.items()} == {
         query_id: sorted(hits.passage_ids) for query_id, hits in bm25.items()

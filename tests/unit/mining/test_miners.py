@@ -152,7 +152,7 @@ def test_adding_a_query_changes_no_other_row(mine: Any, collection: Collection) 
 def test_mining_twice_gives_equal_bytes(mine: Any) -> None:
     first, second = mine({"miners": [BM25, DENSE]}, name="first"), mine({"miners": [BM25, DENSE]}, name="second")
 
-    assert first.artifact.manifest == second.artifact.manifest
+    assert first.artifact.manifest | {"wall_seconds": 0} == second.artifact.manifest | {"wall_seconds": 0}
 
 
 RANDOM = {"kind": "random", "quota": 3, "depth": 9}

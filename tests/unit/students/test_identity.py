@@ -88,6 +88,8 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, An
     (SPLADE, KL, {}, {"max_steps": 5}, False, True),
     (SPLADE, KL, {}, {"learning_rate": 1e-3}, False, True),
     (STATIC, KL, {}, {"static_learning_rate": 0.01}, False, True),
+    (SPLADE, KL, {}, {"label_scale": 2.0}, False, True),
+    (SPLADE, KL, {}, {"label_scale": "student"}, False, True),
     (SPLADE, KL, {}, {"warmup_ratio": 0.0}, False, True),
     (SPLADE, KL, {}, {"weight_decay": 0.0}, False, True),
     (SPLADE, KL, {}, {"max_grad_norm": 2.0}, False, True),

@@ -159,7 +159,7 @@ def test_torchs_identity_has_no_field_for_what_it_does_not_do(tiny_cross_encoder
     fields = teacher_identity(teacher(tiny_cross_encoder_folder))
 
     assert fields["backend"] == "torch"
-    assert [*fields] == [
+    assert {*fields} == {
         "stage",
         "kind",
         "activation",
@@ -170,4 +170,4 @@ def test_torchs_identity_has_no_field_for_what_it_does_not_do(tiny_cross_encoder
         "dtype",
         "backend",
         "trust_remote_code",
-    ]
+    }
