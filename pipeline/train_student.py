@@ -26,6 +26,7 @@ def make_together(plan: Plan) -> Path:
     from sparsekd.training import ranks
     from sparsekd.training.fit import train
 
+    plan.check_earlier_rounds()
     if ranks.is_first():
         with ranks.leading():
             return student(Experiment(plan)).folder

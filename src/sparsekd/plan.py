@@ -75,6 +75,18 @@ class Plan:
         """The plans of all rounds, this one last."""
         return (*(() if self.previous is None else self.previous.rounds), self)
 
+    def check_earlier_rounds(self) -> None:
+        """Raise ValueError where a round before this one has no student yet, for several processes that train this one's.
+
+        Once processes have met to train a student, only the first can build another, so each round is a run of its own.
+        """
+        for number, plan in enumerate(self.rounds[:-1], start=1):
+            if plan.hit("students", plan.student_fields) is None:
+                raise ValueError(
+                    f"[mining] rounds = {self.recipe.mining.rounds}: several processes train one student a run, and round "
+                    f"{number} has none yet; run the same command first with --set mining.rounds={number}, or all rounds in one process"
+                )
+
     @cached_property
     def student_miners(self) -> dict[SparseMiner, str]:
         """The students of the rounds before as miners, and the key of each; their folders need not be there yet."""

@@ -174,9 +174,14 @@ def test_two_processes_train_the_students_of_two_rounds(make_workplace: Callable
     rounds = ("mining.rounds=2", "training.max_steps=4")
     workplace = make_workplace()
 
+    refused = launch(workplace, *rounds)
+    _, problem = refused.communicate()
+    assert refused.returncode != 0
+    assert "several processes train one student a run, and round 1 has none yet; run the same command first with" in problem
+    finish(launch(workplace, "mining.rounds=1", "training.max_steps=4"))
     folder, _, log = finish(launch(workplace, *rounds))
 
-    assert log.count("step 4 of 4") == 2
+    assert log.count("step 4 of 4") == 1
     alone = workplace.run("train_student", *rounds)
     assert alone.folder == folder
     assert f"student {folder.name}: hit" in alone.log
