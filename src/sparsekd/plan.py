@@ -84,7 +84,8 @@ class Plan:
             if plan.hit("students", plan.student_fields) is None:
                 raise ValueError(
                     f"[mining] rounds = {self.recipe.mining.rounds}: several processes train one student a run, and round "
-                    f"{number} has none yet; run the same command first with --set mining.rounds={number}, or all rounds in one process"
+                    f"{number} has none yet; run the same command first with --set mining.rounds={number}, or all rounds in one "
+                    "process"
                 )
 
     @cached_property
