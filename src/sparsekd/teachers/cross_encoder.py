@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from sparsekd.model_reference import resolve
 from sparsekd.recipe import Run, Teacher
 from sparsekd.teachers.batching import TokenBudget, forward_batches, forward_tokens
+from sparsekd.teachers.finite import require_finite
 from sparsekd.teachers.identity import teacher_identity
 from sparsekd.teachers.loading import length_limit, model_arguments
 from sparsekd.teachers.pair_tokens import PairTokenizer, PairTokens
@@ -71,7 +72,8 @@ class CrossEncoderScorer:
         """
         _, forward, budget = self._loaded()
         gold_sim_N = forward_batches(lambda batch: forward(tokens, batch), tokens.lengths, budget, done)
-        self._refuse_non_finite(gold_sim_N, tokens.pairs)
+        expected = f'finite logits from {self._teacher.dtype} weights; try dtype = "float32"'
+        require_finite(self._teacher.name, tokens.pairs, gold_sim_N, expected)
         return gold_sim_N
 
     def _loaded(self) -> tuple[PairTokenizer, Forward, TokenBudget]:
@@ -137,16 +139,6 @@ class CrossEncoderScorer:
             raise ValueError(
                 f"teacher {self._teacher.name!r}: {checkpoint} lacks {len(missing)} weights ({', '.join(missing[:4])}), "
                 'which would be drawn at random; expected a trained cross-encoder; for a bi-encoder say kind = "dense"'
-            )
-
-    def _refuse_non_finite(self, gold_sim_N: NDArray[np.float32], pairs: Sequence[tuple[str, str]]) -> None:
-        bad = np.flatnonzero(~np.isfinite(gold_sim_N))
-        if len(bad):
-            query, passage = pairs[bad[0]]
-            raise ValueError(
-                f"teacher {self._teacher.name!r}: {len(bad)} of {len(pairs)} scores are not finite (first: pair {bad[0]}, "
-                f"{query[:80]!r} with {passage[:80]!r}); expected finite logits from {self._teacher.dtype} weights; "
-                'try dtype = "float32"'
             )
 
 

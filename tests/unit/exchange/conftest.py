@@ -21,6 +21,8 @@ from sparsekd.plan import Plan
 from sparsekd.recipe import Recipe
 from sparsekd.teachers.identity import file_identity
 
+Rows = list[tuple[str, list[str], list[float]]]
+
 
 @pytest.fixture(scope="session")
 def make_table(tmp_path_factory: pytest.TempPathFactory, sample_folder: Path) -> Callable[..., ScoreTable]:
@@ -82,3 +84,22 @@ def pairs(table: ScoreTable) -> dict[tuple[str, str], float]:
     found = pairs_of(table)
     assert len({np.float32(score) for score in found.values()}) > 20
     return found
+
+
+@pytest.fixture
+def export(run: Callable[..., Result], table: ScoreTable, tmp_path: Path) -> Callable[[str], Path]:
+    """Return ``export(layout)``: the folder made."""
+
+    def make(layout: str) -> Path:
+        result = run("export", layout, table.artifact.folder, tmp_path / layout)
+        assert result.exit_code == 0, result.stderr
+        return tmp_path / layout
+
+    return make
+
+
+@pytest.fixture
+def expected(table: ScoreTable, sample_folder: Path) -> Rows:
+    """The table's rows as texts."""
+    queries, passages = read_texts(sample_folder)
+    return [(queries[query_id], [passages[each] for each in ids], scores) for query_id, ids, scores in table.rows()]

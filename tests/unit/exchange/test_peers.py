@@ -17,11 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 
-from sparsekd.collection.beir import read_texts
 from sparsekd.exchange.layouts import LAYOUTS
-from sparsekd.labels.score_table import ScoreTable
 
 pytestmark = pytest.mark.slow
 
@@ -33,25 +30,6 @@ def peer(module: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip(module, reason=f"{module} is not importable: see this file's first lines")
-
-
-@pytest.fixture
-def export(run: Callable[..., Result], table: ScoreTable, tmp_path: Path) -> Callable[[str], Path]:
-    """Return ``export(layout)``: the folder made."""
-
-    def make(layout: str) -> Path:
-        result = run("export", layout, table.artifact.folder, tmp_path / layout)
-        assert result.exit_code == 0, result.stderr
-        return tmp_path / layout
-
-    return make
-
-
-@pytest.fixture
-def expected(table: ScoreTable, sample_folder: Path) -> Rows:
-    """The table's rows as texts."""
-    queries, passages = read_texts(sample_folder)
-    return [(queries[query_id], [passages[each] for each in ids], scores) for query_id, ids, scores in table.rows()]
 
 
 @pytest.mark.parametrize("way", ["transform", "map"])
