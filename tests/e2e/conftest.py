@@ -105,3 +105,26 @@ def make_workplace(
 def content_of() -> Callable[[Path, str], dict[str, bytes]]:
     """Return ``content_of(folder, pattern)``: bytes by relative path."""
     return lambda folder, pattern: {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob(pattern)}
+
+
+@pytest.fixture(scope="session")
+def run_cases() -> Callable[..., dict[str, tuple[int, str, str]]]:
+    """Return ``run_cases(program, script, arguments, folder)``: exit code, stdout and stderr by case, all cases in one process.
+
+    ``program`` runs the stage script under each case's arguments and prints what each said as JSON.
+    """
+
+    def run(program: str, script: str, arguments: dict[str, list[str]], folder: Path) -> dict[str, tuple[int, str, str]]:
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(ROOT / "pipeline" / f"{script}.py"), json.dumps(arguments)],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return {name: tuple(found) for name, found in json.loads(done.stdout).items()}
+
+    return run

@@ -5,11 +5,7 @@ All cases run in one process, for the imports; each is a call of the script's ow
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +22,6 @@ from sparsekd.recipe import load_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to bound memory")]
 
-ROOT = Path(__file__).resolve().parents[2]
 # Carries the stage out for each case of argv[2] and prints exit code, stdout and stderr by name; the last may have 600 MB more.
 PROGRAM = """
 import contextlib, io, json, resource, runpy, sys
@@ -146,23 +141,13 @@ def leave_a_checkpoint(experiment: Experiment) -> None:
 
 
 @pytest.fixture(scope="module")
-def said(workplace: Any) -> dict[str, tuple[int, str, str]]:
+def said(workplace: Any, run_cases: Any) -> dict[str, tuple[int, str, str]]:
     """Exit code, stdout and stderr of each case."""
     arguments = {
         name: ["recipe.toml", *(argument for override in overrides for argument in ("--set", override))]
         for name, (overrides, _) in CASES.items()
     }
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(ROOT / "pipeline" / "train_student.py"), json.dumps(arguments)],
-        cwd=workplace.folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return {name: tuple(found) for name, found in json.loads(done.stdout).items()}
+    return run_cases(PROGRAM, "train_student", arguments, workplace.folder)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,10 +6,7 @@ All cases run in one process, for the imports; each is a call of the script's ow
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,6 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 # Carries the stage out for each case of argv[2] and prints exit code, stdout and stderr by name.
 PROGRAM = """
 import contextlib, io, json, runpy, sys
@@ -197,23 +193,13 @@ def table(place: str, section: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="module")
-def said(workplace: Any) -> dict[str, tuple[int, str, str]]:
+def said(workplace: Any, run_cases: Any) -> dict[str, tuple[int, str, str]]:
     """Exit code, stdout and stderr of each case."""
     arguments = {}
     for number, (name, (teachers, miners, _)) in enumerate(CASES.items()):
         (workplace.folder / f"{number}.toml").write_text(recipe_of(workplace, teachers, miners), encoding="utf-8")
         arguments[name] = [f"{number}.toml"]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(ROOT / "pipeline" / "teacher_scores.py"), json.dumps(arguments)],
-        cwd=workplace.folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return {name: tuple(found) for name, found in json.loads(done.stdout).items()}
+    return run_cases(PROGRAM, "teacher_scores", arguments, workplace.folder)
 
 
 @pytest.mark.parametrize("name", CASES)
