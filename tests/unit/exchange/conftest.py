@@ -91,7 +91,7 @@ def export(run: Callable[..., Result], table: ScoreTable, tmp_path: Path) -> Cal
     """Return ``export(layout)``: the folder made."""
 
     def make(layout: str) -> Path:
-        result = run("export", layout, table.artifact.folder, tmp_path / layout)
+        result = run("export", "table", layout, table.artifact.folder, tmp_path / layout)
         assert result.exit_code == 0, result.stderr
         return tmp_path / layout
 

@@ -407,7 +407,7 @@ def test_a_pair_that_is_banked_with_another_score_is_refused(run: Run, tmp_path:
 @pytest.mark.parametrize("ending", ["arrow", "parquet"])
 @pytest.mark.parametrize("damage", ["cut", "text"])
 def test_a_broken_table_file_is_refused(ending: str, damage: str, run: Run, table: ScoreTable, tmp_path: Path) -> None:
-    assert run("export", "n-tuples", table.artifact.folder, tmp_path / "out").exit_code == 0
+    assert run("export", "table", "n-tuples", table.artifact.folder, tmp_path / "out").exit_code == 0
     whole = tmp_path / "out" / "train.arrow"
     path = tmp_path / f"train.{ending}"
     if ending == "parquet":
@@ -537,7 +537,7 @@ def test_a_table_whose_labels_a_layout_cannot_carry_is_refused(
 ) -> None:
     folder = make_table(loss, kind=kind).artifact.folder
 
-    result = run("export", layout, folder, tmp_path / "out")
+    result = run("export", "table", layout, folder, tmp_path / "out")
 
     assert result.exit_code == 2
     assert result.stderr == (
@@ -552,7 +552,7 @@ def test_labels_that_differ_from_row_to_row_are_no_single_scores(
 ) -> None:
     folder = make_table(calibration={"kind": "minmax"}).artifact.folder
 
-    result = run("export", "trec-run", folder, tmp_path / "out")
+    result = run("export", "table", "trec-run", folder, tmp_path / "out")
 
     assert result.exit_code == 2
     assert result.stderr.startswith(f"sparsekd: {folder}: query 'q06', passage ")
@@ -566,7 +566,7 @@ def test_each_teachers_own_calibration_is_named_where_labels_differ(
     own = {"lexical": {"kind": "minmax"}, "short": {"kind": "raw"}}
     folder = make_table(teachers=[{"name": "short", "kind": "bm25", "b": 0.9}], calibrations=own).artifact.folder
 
-    result = run("export", "trec-run", folder, tmp_path / "out")
+    result = run("export", "table", "trec-run", folder, tmp_path / "out")
 
     assert result.exit_code == 2
     assert "(calibration [{'kind': 'minmax', 'scale': 1.0}, {'kind': 'raw'}], taken row by row)" in result.stderr
@@ -574,12 +574,12 @@ def test_each_teachers_own_calibration_is_named_where_labels_differ(
 
 def test_a_target_that_exists_is_kept_unless_told_and_is_an_export(run: Run, table: ScoreTable, tmp_path: Path) -> None:
     folder, out = table.artifact.folder, tmp_path / "out"
-    assert run("export", "colbert", folder, out).exit_code == 0
+    assert run("export", "table", "colbert", folder, out).exit_code == 0
 
-    refused, replaced = run("export", "tevatron", folder, out), run("export", "tevatron", folder, out, "--overwrite")
+    refused, replaced = run("export", "table", "tevatron", folder, out), run("export", "table", "tevatron", folder, out, "--overwrite")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years", encoding="utf-8")
-    foreign = run("export", "tevatron", folder, tmp_path / "mine", "--overwrite")
+    foreign = run("export", "table", "tevatron", folder, tmp_path / "mine", "--overwrite")
 
     assert refused.exit_code == 2
     assert refused.stderr == (
@@ -602,7 +602,7 @@ def test_a_collection_whose_texts_have_changed_is_refused(run: Run, table: Score
         text = (sample_folder / name).read_text(encoding="utf-8")
         (place / name).write_text(text.replace("yeast", "sugar", 1), encoding="utf-8")
 
-    result = run("export", "tevatron", table.artifact.folder, tmp_path / "out", "--collection", place)
+    result = run("export", "table", "tevatron", table.artifact.folder, tmp_path / "out", "--collection", place)
 
     assert result.exit_code == 2
     assert result.stderr.startswith(
@@ -622,7 +622,7 @@ def test_a_table_away_from_its_candidates_cannot_tell_whether_texts_have_changed
 ) -> None:
     alone = Path(shutil.copytree(table.artifact.folder, tmp_path / "tables" / table.key))
 
-    result = run("export", "tevatron", alone, tmp_path / "out")
+    result = run("export", "table", "tevatron", alone, tmp_path / "out")
 
     assert result.exit_code == 0
     assert f"{alone}: its candidates are gone, so nothing says whether " in caplog.text
@@ -632,9 +632,9 @@ def test_a_table_that_does_not_say_its_collection_needs_to_be_told(run: Run, tab
     alone = Path(shutil.copytree(table.artifact.folder, tmp_path / "tables" / table.key))
     edit_manifest(alone, lambda manifest: manifest.pop("recipe"))
 
-    silent = run("export", "tevatron", alone, tmp_path / "out")
-    gone = run("export", "tevatron", alone, tmp_path / "out", "--collection", tmp_path / "gone")
-    by_id = run("export", "colbert", alone, tmp_path / "ids")
+    silent = run("export", "table", "tevatron", alone, tmp_path / "out")
+    gone = run("export", "table", "tevatron", alone, tmp_path / "out", "--collection", tmp_path / "gone")
+    by_id = run("export", "table", "colbert", alone, tmp_path / "ids")
 
     assert silent.exit_code == gone.exit_code == 2
     said = "does not say which collection it was made from; give it with --collection"
@@ -650,7 +650,7 @@ def test_an_id_without_a_text_is_refused_and_nothing_is_left(run: Run, table: Sc
     (place / "queries.jsonl").write_text('{"_id": "q01", "text": "q"}\n', encoding="utf-8")
     (place / "corpus.jsonl").write_text('{"_id": "bread-1", "text": "p"}\n', encoding="utf-8")
 
-    result = run("export", "n-tuples", alone, tmp_path / "out", "--collection", place)
+    result = run("export", "table", "n-tuples", alone, tmp_path / "out", "--collection", place)
 
     assert result.exit_code == 2
     assert result.stderr.startswith(f"sparsekd: {alone}: passage ")
@@ -667,7 +667,7 @@ def test_vectors_have_no_layout(run: Run, tmp_path: Path) -> None:
     with publish(tmp_path / key_of(fields), kind=KIND, fields=fields, extra=extra) as temporary:
         extra["shards"] = write_shards(temporary, KIND, [rows], 1)
 
-    result = run("export", "n-tuples", tmp_path / key_of(fields), tmp_path / "out")
+    result = run("export", "table", "n-tuples", tmp_path / key_of(fields), tmp_path / "out")
 
     assert result.exit_code == 2
     assert result.stderr.endswith(
@@ -690,7 +690,7 @@ def test_a_file_of_nothing_but_unknown_pairs_is_refused(run: Run, tmp_path: Path
 def test_what_is_no_table_is_no_export(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
 
-    result = run("export", "tevatron", tmp_path / "empty", tmp_path / "out")
+    result = run("export", "table", "tevatron", tmp_path / "empty", tmp_path / "out")
 
     assert result.exit_code == 1
     assert "manifest.json: missing, so " in result.stderr

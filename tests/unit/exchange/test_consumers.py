@@ -136,7 +136,7 @@ def test_colbert_reads_numbers_where_ids_are_numbers(
     and collection are keyed by the numbers of their lines. Ids that are words, as here, stay words.
     """
     folder = tmp_path / "out"
-    assert run("export", "colbert", make_table().artifact.folder, folder).exit_code == 0
+    assert run("export", "table", "colbert", make_table().artifact.folder, folder).exit_code == 0
 
     first = json.loads((folder / "nway.jsonl").read_text(encoding="utf-8").splitlines()[0])
 

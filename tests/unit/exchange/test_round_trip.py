@@ -30,7 +30,7 @@ WITH_SCORES = [layout.name for layout in LAYOUTS.values() if layout.carries == "
 
 
 def exported(run: Run, layout: str, table: ScoreTable, target: Path) -> Path:
-    result = run("export", layout, table.artifact.folder, target)
+    result = run("export", "table", layout, table.artifact.folder, target)
     assert (result.exit_code, result.stdout) == (0, f"{target}\n"), result.stderr
     return target
 
