@@ -576,7 +576,8 @@ def test_a_target_that_exists_is_kept_unless_told_and_is_an_export(run: Run, tab
     folder, out = table.artifact.folder, tmp_path / "out"
     assert run("export", "table", "colbert", folder, out).exit_code == 0
 
-    refused, replaced = run("export", "table", "tevatron", folder, out), run("export", "table", "tevatron", folder, out, "--overwrite")
+    refused = run("export", "table", "tevatron", folder, out)
+    replaced = run("export", "table", "tevatron", folder, out, "--overwrite")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years", encoding="utf-8")
     foreign = run("export", "table", "tevatron", folder, tmp_path / "mine", "--overwrite")
