@@ -30,6 +30,7 @@ LINES = (
     ("study",),
     ("report",),
     ("exchange",),
+    ("engines",),
     ("stage", "cli"),
 )
 LEVEL = {room: level for level, line in enumerate(LINES) for room in line}
@@ -47,6 +48,7 @@ WITHOUT_TORCH = (
     "study",
     "report",
     "exchange",
+    "engines",
     "stage",
     "cli",
 )
