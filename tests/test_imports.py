@@ -29,6 +29,7 @@ LINES = (
     ("evaluation",),
     ("study",),
     ("report",),
+    ("retrieval",),
     ("exchange",),
     ("stage", "cli"),
 )
@@ -46,6 +47,7 @@ WITHOUT_TORCH = (
     "experiment",
     "study",
     "report",
+    "retrieval",
     "exchange",
     "stage",
     "cli",
