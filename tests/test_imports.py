@@ -29,7 +29,9 @@ LINES = (
     ("evaluation",),
     ("study",),
     ("report",),
+    ("retrieval",),
     ("exchange",),
+    ("engines",),
     ("stage", "cli"),
 )
 LEVEL = {room: level for level, line in enumerate(LINES) for room in line}
@@ -46,7 +48,9 @@ WITHOUT_TORCH = (
     "experiment",
     "study",
     "report",
+    "retrieval",
     "exchange",
+    "engines",
     "stage",
     "cli",
 )

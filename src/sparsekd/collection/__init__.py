@@ -3,6 +3,14 @@
 ``beir`` holds the BEIR folder and what is kept of it; ``reading`` the lines, JSON objects and TSV rows beneath.
 """
 
-from sparsekd.collection.beir import SPLITS, Collection, collection_digest, read_collection, read_texts
+from sparsekd.collection.beir import (
+    SPLITS,
+    Collection,
+    collection_digest,
+    read_collection,
+    read_texts,
+    stream_passages,
+    stream_queries,
+)
 
-__all__ = ["SPLITS", "Collection", "collection_digest", "read_collection", "read_texts"]
+__all__ = ["SPLITS", "Collection", "collection_digest", "read_collection", "read_texts", "stream_passages", "stream_queries"]

@@ -12,10 +12,12 @@ import heapq
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from sparsekd.artifact import sha256_of_file
 from sparsekd.collection.reading import json_objects, refusal, shown, tsv_rows
@@ -89,6 +91,30 @@ def read_texts(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     return _read_queries(folder / "queries.jsonl", counts), _read_passages(folder / "corpus.jsonl", counts)
 
 
+def stream_passages(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield (line number, passage_id, title and text) of a ``corpus.jsonl``, each passage once, holding ids and no texts.
+
+    What ``read_texts`` keeps in the same order; raises what it raises.
+    """
+    return _each_once(path, _passage_lines(path))
+
+
+def stream_queries(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield (line number, query_id, text) of a ``queries.jsonl``, each query once, as ``stream_passages`` does."""
+    return _each_once(path, _query_lines(path))
+
+
+def _each_once(path: Path, lines: Iterable[tuple[int, str, str]]) -> Iterator[tuple[int, str, str]]:
+    """Leave out texts that come again under the same id; another text under it is an error."""
+    digest_by_id: dict[str, int] = {}
+    for line, text_id, text in lines:
+        num_before, digest = len(digest_by_id), xxhash.xxh3_64_intdigest(text.encode("utf-8"))
+        if digest_by_id.setdefault(text_id, digest) != digest:
+            raise _again_with_another_text(path, line, text_id)
+        if len(digest_by_id) > num_before:
+            yield line, text_id, text
+
+
 def collection_digest(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Return {name: sha256 of the file's bytes} for ``names`` such as ``qrels/train.tsv``, without reading them as text."""
     digests = {}
@@ -118,31 +144,47 @@ def _layout(folder: Path) -> dict[str, Path]:
 
 def _read_passages(path: Path, counts: Counter[str]) -> dict[str, str]:
     passages: dict[str, str] = {}
-    for line, record in json_objects(path):
-        text = _text(path, line, record, "text")
-        if "title" in record:
-            text = " ".join(part for part in (_text(path, line, record, "title"), text) if part)
-        counts["duplicate_passages_merged"] += _is_again(passages, path, line, _id(path, line, record), text)
+    for line, passage_id, text in _passage_lines(path):
+        counts["duplicate_passages_merged"] += _is_again(passages, path, line, passage_id, text)
     counts["empty_passages"] = sum(not text.strip() for text in passages.values())
     return passages
 
 
+def _passage_lines(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield (line number, passage_id, title and text) of every line."""
+    for line, record in json_objects(path):
+        text = _text(path, line, record, "text")
+        if "title" in record:
+            text = " ".join(part for part in (_text(path, line, record, "title"), text) if part)
+        yield line, _id(path, line, record), text
+
+
 def _read_queries(path: Path, counts: Counter[str]) -> dict[str, str]:
     queries: dict[str, str] = {}
+    for line, query_id, text in _query_lines(path):
+        counts["duplicate_queries_merged"] += _is_again(queries, path, line, query_id, text)
+    return queries
+
+
+def _query_lines(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield (line number, query_id, text) of every line; an empty text is refused."""
     for line, record in json_objects(path):
         text = _text(path, line, record, "text")
         if not text.strip():
             raise refusal(path, line, f"text {shown(text)}", "a question", "write it, or remove the query here and in qrels/")
-        counts["duplicate_queries_merged"] += _is_again(queries, path, line, _id(path, line, record), text)
-    return queries
+        yield line, _id(path, line, record), text
 
 
 def _is_again(texts: dict[str, str], path: Path, line: int, text_id: str, text: str) -> bool:
     """Add a text; True if it was there already, an error if its id was there with another text."""
     num_before = len(texts)
     if texts.setdefault(text_id, text) != text:
-        raise refusal(path, line, f"_id {shown(text_id)} again with another text", "each _id once", "rename or remove one")
+        raise _again_with_another_text(path, line, text_id)
     return len(texts) == num_before
+
+
+def _again_with_another_text(path: Path, line: int, text_id: str) -> ValueError:
+    return refusal(path, line, f"_id {shown(text_id)} again with another text", "each _id once", "rename or remove one")
 
 
 def _id(path: Path, line: int, record: Mapping[str, Any]) -> str:

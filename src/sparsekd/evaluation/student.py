@@ -8,7 +8,7 @@ Q queries, P passages, V vocabulary, K search depth.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -42,22 +42,46 @@ def encode_csr(
     ``fused`` computes the head block by block; without it a batch's logits take 4 · batch_tokens · V bytes. ``packed`` runs texts
     without padding where the model can. Raises ValueError if a weight is not finite, naming how many vectors and the first text.
     """
+    nothing = scipy.sparse.csr_matrix((0, model.get_embedding_dimension()), dtype=np.float32)  # no texts have a width too
+    blocks = [texts[start : start + BLOCK] for start in range(0, len(texts), BLOCK)]
+    encoded = encoded_blocks(model, blocks, role=role, total=len(texts), batch_tokens=batch_tokens, fused=fused, packed=packed)
+    return scipy.sparse.vstack([nothing, *encoded], format="csr")
+
+
+def encoded_blocks(
+    model: SparseEncoder,
+    blocks: Iterable[Sequence[str]],
+    *,
+    role: Role,
+    total: int,
+    batch_tokens: int,
+    fused: bool,
+    packed: bool = True,
+) -> Iterator[scipy.sparse.csr_matrix]:
+    """Yield the vectors of each block of texts, as ``encode_csr`` gives them, before the next block is read.
+
+    ``total`` texts are announced. Blocks of BLOCK texts batch well. Raises ValueError at the first block with a weight that is not
+    finite.
+    """
     import torch
 
     from sparsekd.packed_body import evaluating
     from sparsekd.students.fast import fast_student
 
-    with evaluating(model), torch.inference_mode(), fast_student(model, packed=packed, fused=fused):
-        blocks = list(_encoded_blocks(model, texts, role, forward_tokens(batch_tokens, model.device.type)))
-    vectors = scipy.sparse.vstack(blocks, format="csr")
-    bad = np.flatnonzero(~np.isfinite(vectors.data))
-    if bad.size:
-        rows = np.unique(np.searchsorted(vectors.indptr, bad, side="right") - 1)
-        raise ValueError(
-            f"student: {len(rows)} of {len(texts)} {role} vectors are not finite (first: {texts[rows[0]][:80]!r}); "
-            "its training diverged; lower [training] learning_rate"
-        )
-    return vectors
+    tokens, prompt, num_cut = forward_tokens(batch_tokens, model.device.type), model.prompts.get(_PROMPT_BY_ROLE[role]) or "", 0
+    with (
+        progress(f"encode {role} texts", total=total, unit="texts") as bar,
+        evaluating(model),
+        torch.inference_mode(),
+        fast_student(model, packed=packed, fused=fused),
+    ):
+        for block in blocks:
+            vectors, cut = _encoded(model, list(block), role, prompt, tokens)
+            _refuse_non_finite(vectors, block, role)
+            num_cut += cut
+            yield vectors
+            bar.update(len(block))
+    logger.info("student: %s texts %d, %d of them over the limit of tokens and cut there", role, total, num_cut)
 
 
 def sparse_rankings(
@@ -109,25 +133,30 @@ def sparsity(query_csr: scipy.sparse.csr_matrix, passage_csr: scipy.sparse.csr_m
     }
 
 
-def _encoded_blocks(model: SparseEncoder, texts: Sequence[str], role: Role, batch_tokens: int) -> Iterator[scipy.sparse.csr_matrix]:
-    """Yield the vectors of BLOCK texts after BLOCK texts, each block in input order."""
-    yield scipy.sparse.csr_matrix((0, model.get_embedding_dimension()), dtype=np.float32)  # so that no texts have a width too
-    prompt, num_cut = model.prompts.get(_PROMPT_BY_ROLE[role]) or "", 0
-    with progress(f"encode {role} texts", total=len(texts), unit="texts") as bar:
-        for start in range(0, len(texts), BLOCK):
-            block = list(texts[start : start + BLOCK])
-            features = model.preprocess(block, prompt=prompt or None, task=_PROMPT_BY_ROLE[role])
-            lengths = _num_tokens(features)
-            num_cut += _num_cut(model, role, [prompt + text for text in block], lengths)
-            order, parts = [], []
-            for batch in length_batches(lengths, batch_tokens):
-                for first in range(0, len(batch), _BLOCK_ROWS):
-                    rows = batch[first : first + _BLOCK_ROWS]
-                    order.append(rows)
-                    parts.append(_to_csr(_forward(model, _select(features, rows, lengths), role)))
-            yield scipy.sparse.vstack(parts, format="csr")[np.argsort(np.concatenate(order))]
-            bar.update(len(block))
-    logger.info("student: %s texts %d, %d of them over the limit of tokens and cut there", role, len(texts), num_cut)
+def _encoded(
+    model: SparseEncoder, texts: list[str], role: Role, prompt: str, tokens: int
+) -> tuple[scipy.sparse.csr_matrix, int]:
+    """Return the texts' vectors in input order, and how many texts were over the limit."""
+    features = model.preprocess(texts, prompt=prompt or None, task=_PROMPT_BY_ROLE[role])
+    lengths = _num_tokens(features)
+    order, parts = [], []
+    for batch in length_batches(lengths, tokens):
+        for first in range(0, len(batch), _BLOCK_ROWS):
+            rows = batch[first : first + _BLOCK_ROWS]
+            order.append(rows)
+            parts.append(_to_csr(_forward(model, _select(features, rows, lengths), role)))
+    vectors = scipy.sparse.vstack(parts, format="csr")[np.argsort(np.concatenate(order))]
+    return vectors, _num_cut(model, role, [prompt + text for text in texts], lengths)
+
+
+def _refuse_non_finite(vectors: scipy.sparse.csr_matrix, texts: Sequence[str], role: Role) -> None:
+    bad = np.flatnonzero(~np.isfinite(vectors.data))
+    if bad.size:
+        rows = np.unique(np.searchsorted(vectors.indptr, bad, side="right") - 1)
+        raise ValueError(
+            f"student: {len(rows)} of {len(texts)} {role} vectors are not finite (first: {texts[rows[0]][:80]!r}); "
+            "its training diverged; lower [training] learning_rate"
+        )
 
 
 def _num_tokens(features: dict[str, Any]) -> NDArray[np.int64]:

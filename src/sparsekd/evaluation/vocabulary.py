@@ -39,7 +39,7 @@ def student_vocabulary(passage_csr: scipy.sparse.csr_matrix, terms: Sequence[str
     """Return the facts of a student's passage vectors, CSR [P, V], whose dims mean ``terms``."""
     active = passage_csr.indices[passage_csr.data != 0]
     frequency_V = np.bincount(active, minlength=passage_csr.shape[1])
-    return vocabulary_facts(dict(zip(_distinct(terms), frequency_V.tolist(), strict=True)), passage_csr.shape[0])
+    return vocabulary_facts(dict(zip(distinct(terms), frequency_V.tolist(), strict=True)), passage_csr.shape[0])
 
 
 def vocabulary_facts(document_frequency: Mapping[str, int], num_passages: int) -> dict[str, Any]:
@@ -69,8 +69,8 @@ def _curve(frequency: NDArray[np.int64]) -> list[list[int]]:
     return [[int(rank), int(frequency[rank - 1])] for rank in ranks]
 
 
-def _distinct(terms: Sequence[str]) -> list[str]:
-    """Names as they are, but for one that two dims share, as where a tokenizer has holes."""
+def distinct(terms: Sequence[str]) -> list[str]:
+    """Return names as they are, but for one that two dims share, as where a tokenizer has holes."""
     seen: dict[str, int] = {}
     names = []
     for dim, term in enumerate(terms):

@@ -7,19 +7,18 @@ too; told to, an earlier export is replaced, anything else never is.
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
-from sparsekd.artifact import MANIFEST, IntegrityError, publish, read_manifest, temporary_name
+from sparsekd.artifact import MANIFEST, read_manifest
 from sparsekd.collection.beir import collection_digest, read_texts
 from sparsekd.exchange.layouts import LAYOUTS, Layout
+from sparsekd.exchange.target import exported, require_free
 from sparsekd.exchange.writers import Source, write_layout
 from sparsekd.labels.score_table import ScoreTable
 from sparsekd.provenance import provenance
 
 EXPORT_STAGE = "exchange/export v1"
-KIND = "export"
 _TEXT_FILES = ("corpus.jsonl", "queries.jsonl")
 
 _log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ def export_table(
     ``collection`` is where the table says unless given. Raises ValueError if the layout cannot hold the table's kind, the target
     exists, or the collection's texts are not those that the table was made from.
     """
-    _require_free(target, overwrite)
+    require_free(target, overwrite)
     table = ScoreTable.open(table_folder)
     if table.kind not in layout.kinds:
         fitting = [each.name for each in LAYOUTS.values() if table.kind in each.kinds]
@@ -53,47 +52,10 @@ def export_table(
     if table.contract.rescale is not None:
         contract["rescale"] = dict(table.contract.rescale)
     extra: dict[str, Any] = {**provenance(()), "labels": contract}
-    staged = target.parent / temporary_name(target.name)
-    try:
-        with publish(staged, kind=KIND, fields=fields, extra=extra) as temporary:
-            num_rows = write_layout(layout, Source(table, queries, passages), temporary)
-            extra["counts"] = {"rows": num_rows}
-        _put(staged, target, overwrite)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    with exported(target, fields=fields, extra=extra, overwrite=overwrite) as temporary:
+        num_rows = write_layout(layout, Source(table, queries, passages), temporary)
+        extra["counts"] = {"rows": num_rows}
     return num_rows
-
-
-def _require_free(target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not overwrite:
-        raise ValueError(f"{target}: exists already; choose another folder, or replace an earlier export with --overwrite")
-    if not _is_export(target):
-        raise ValueError(f"{target}: is no export of this program, so --overwrite leaves it alone; choose another folder")
-
-
-def _is_export(folder: Path) -> bool:
-    try:
-        return read_manifest(folder).get("kind") == KIND
-    except (IntegrityError, NotADirectoryError):
-        return False
-
-
-def _put(staged: Path, target: Path, overwrite: bool) -> None:
-    """Rename to the target, an earlier export moved aside first and removed last."""
-    _require_free(target, overwrite)  # somebody else may have been faster
-    if not target.exists():
-        staged.rename(target)
-        return
-    aside = target.parent / temporary_name(target.name)
-    target.rename(aside)
-    try:
-        staged.rename(target)
-    except OSError:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _collection_of(table: ScoreTable) -> Path:

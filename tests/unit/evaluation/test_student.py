@@ -152,9 +152,9 @@ def small_integers(shape: tuple[int, int], seed: int) -> scipy.sparse.csr_matrix
 
 
 @pytest.mark.parametrize("depth", [1, 7, 100])
-@pytest.mark.parametrize("block_scores", [1, 150, 1 << 24])
-def test_search_equals_brute_force(monkeypatch: pytest.MonkeyPatch, depth: int, block_scores: int) -> None:
-    monkeypatch.setattr("sparsekd.mining.sparse._BLOCK_SCORES", block_scores)
+@pytest.mark.parametrize("group", [1, 7, 1 << 24])
+def test_search_equals_brute_force(monkeypatch: pytest.MonkeyPatch, depth: int, group: int) -> None:
+    monkeypatch.setattr("sparsekd.mining.sparse._GROUP", group)
     queries, passages = small_integers((13, 30), 0), small_integers((60, 30), 1)
     query_ids, passage_ids = [f"q{row}" for row in range(13)], [f"p{row}" for row in range(60)]  # p10 before p9
 
