@@ -128,19 +128,26 @@ class Plan:
 
     @cached_property
     def teachers(self) -> tuple[AnyTeacher, ...]:
-        """The recipe's teachers, each ``trained:NAME`` replaced by its folder; FileNotFoundError if it was never trained."""
+        """The recipe's teachers, each ``trained:NAME`` replaced by its folder; FileNotFoundError if it was never trained.
+
+        A recipe that trains NAME itself means the cross-encoder of its own settings; where that does not stand, and in every other
+        recipe, NAME means the one last made under it.
+        """
         return tuple(self._with_folder(teacher) for teacher in self.recipe.teachers)
 
     def _with_folder(self, teacher: AnyTeacher) -> AnyTeacher:
         if not isinstance(teacher, Teacher) or not teacher.model.startswith(TRAINED):
             return teacher
-        folder, section = find_trained(self.cache, teacher.model), self.recipe.train_teacher
-        if section is not None and teacher.model == TRAINED + section.name and folder.name != key_of(self.trained_teacher_fields):
+        section = self.recipe.train_teacher
+        is_own = section is not None and teacher.model == TRAINED + section.name
+        if is_own and (hit := self.hit("teachers", self.trained_teacher_fields)) is not None:
+            return teacher.model_copy(update={"model": str(hit.folder)})
+        folder = find_trained(self.cache, teacher.model)
+        if is_own:
             logger.warning(
-                "teacher %s: %s was trained as %s, and this recipe would train %s now: make train-teacher RECIPE=... does",
+                "teacher %s: %s was trained with other settings, this recipe would train %s: make train-teacher RECIPE=... does",
                 teacher.name,
                 folder,
-                section.name,
                 key_of(self.trained_teacher_fields),
             )
         return teacher.model_copy(update={"model": str(folder)})

@@ -169,7 +169,19 @@ def test_a_name_trained_from_other_settings_is_used_with_a_warning(make_own: Mak
     caplog.clear()
 
     assert make_own(seed=7).teacher("own").reference == str(made.folder)
-    assert "was trained as own, and this recipe would train" in caplog.text
+    assert "was trained with other settings, this recipe would train" in caplog.text
+
+
+def test_a_recipe_means_its_own_teacher_whatever_its_name_was_given_to_since(
+    make_own: MakeOwn, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = trained_teacher(make_own())
+    last = trained_teacher(make_own(max_steps=2))
+    caplog.clear()
+
+    assert make_own().teacher("own").reference == str(first.folder)
+    assert make_own(max_steps=2).teacher("own").reference == str(last.folder)
+    assert not caplog.records
 
 
 def test_weights_changed_after_training_are_refused_as_damage(make_own: MakeOwn) -> None:
