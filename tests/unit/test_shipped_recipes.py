@@ -18,8 +18,8 @@ from sparsekd.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {path.stem: path for path in sorted((ROOT / "pipeline" / "recipes").glob("*.toml"))}
+SCRIPTS = ("train_teacher", "teacher_scores", "train_student", "evaluate", "study")
 ORDER = {
-    "train_teacher": "candidates -> teachers",
     "teacher_scores": "candidates -> tables",
     "train_student": "candidates -> tables -> students",
     "evaluate": "candidates -> tables -> students -> evaluations",
@@ -78,7 +78,7 @@ def dry_runs(
     for name, path in RECIPES.items():
         overrides = [*stand_ins(load_recipe(path)), f"run.cache={folder / name}"]
         arguments = [str(path), "--dry-run", *(word for override in overrides for word in ("--set", override))]
-        for script in ORDER:
+        for script in SCRIPTS:
             cases[f"{script} {name}"] = [str(ROOT / "pipeline" / f"{script}.py"), *arguments]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(cases)],
@@ -99,12 +99,33 @@ def dry_runs(
 def test_every_stage_plans_every_recipe_over_stand_ins(name: str, script: str, dry_runs: dict[str, tuple[int, str, str]]) -> None:
     code, plan, log = dry_runs[f"{script} {name}"]
 
-    if script == "train_teacher" and load_recipe(RECIPES[name]).train_teacher is None:
+    assert code == 0, log
+    assert plan.splitlines()[-1] == f"order of work: {ORDER[script]}"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_teacher_is_trained_where_the_recipe_asks_for_one(name: str, dry_runs: dict[str, tuple[int, str, str]]) -> None:
+    code, plan, log = dry_runs[f"train_teacher {name}"]
+
+    if load_recipe(RECIPES[name]).train_teacher is None:
         assert code == 2
         assert log.startswith("error: the recipe has no [train_teacher]")
     else:
         assert code == 0, log
-        assert plan.splitlines()[-1] == f"order of work: {ORDER[script]}"
+        assert plan.splitlines()[-1] == "order of work: candidates -> teachers"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_member_of_a_study_has_its_plan(name: str, dry_runs: dict[str, tuple[int, str, str]]) -> None:
+    code, plan, log = dry_runs[f"study {name}"]
+
+    study = load_recipe(RECIPES[name]).study
+    if study is None:
+        assert code == 2
+        assert log.startswith("error: [study] has no member")
+    else:
+        assert code == 0, log
+        assert plan.count(f"order of work: {ORDER['evaluate']}") == len(study.overrides)
 
 
 @pytest.mark.parametrize("name", RECIPES)
