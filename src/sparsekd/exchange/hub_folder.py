@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from sparsekd.artifact import (
@@ -160,9 +161,8 @@ def _texts_and_vectors(source: Source) -> Iterator[tuple[str, Any]]:
     for path in table.shard_paths:
         for batch in read_shard(path, table.artifact).to_batches(max_chunksize=_ROWS_PER_BATCH):
             for row in batch.to_pylist():
-                vector = [0.0] * int(table.contract.dimension or 0)
-                for place, value in zip(row["indices"], row["values"], strict=True):
-                    vector[place] = value
+                vector = np.zeros(int(table.contract.dimension or 0), dtype=np.float32)
+                vector[row["indices"]] = row["values"]
                 yield (source.query if row["role"] == "query" else source.passage)(row["text_id"]), vector
 
 
