@@ -108,13 +108,13 @@ def unknown_words(words: Sequence[str]) -> list[str]:
         if rest[0] not in command.commands:
             return [rest[0]]
         command = command.commands[rest.pop(0)]
-    known = {option for parameter in command.params for option in parameter.opts} | FOREIGN_FLAGS
+    known = {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]} | FOREIGN_FLAGS
     return [flag for word in rest for flag in FLAG.findall(word) if flag not in known]
 
 
 def sparsekd_flags(command: Any = None) -> set[str]:
     command = command or typer.main.get_command(app)
-    found = {option for parameter in command.params for option in parameter.opts}
+    found = {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]}
     return found.union(*(sparsekd_flags(each) for each in getattr(command, "commands", {}).values()))
 
 

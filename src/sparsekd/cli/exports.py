@@ -42,19 +42,18 @@ def export_hub_folder(
     collection: Annotated[
         Path | None, typer.Option("--collection", help="BEIR folder of the texts; what the table says without.")
     ] = None,
-    without_texts: Annotated[
-        bool, typer.Option("--without-texts", help="Ids and labels alone, as where the recipe says publish_texts = false.")
-    ] = False,
+    texts: Annotated[
+        bool | None,
+        typer.Option("--with-texts/--without-texts", help="Texts, or ids and labels alone; what publish_texts said without."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:
     """Write what one would push: the student with its card, its scores as a dataset; the last line is the folder made."""
     with one_line_errors():
         from sparsekd.exchange import hub_folder
 
-        done = hub_folder.export_hub_folder(
-            student, table, out, collection=collection, texts=not without_texts, overwrite=overwrite
-        )
-        texts = "with their texts" if done.has_texts else "ids and labels without texts"
-        typer.echo(f"student and {done.num_rows:,} rows of scores, {texts}", err=True)
+        done = hub_folder.export_hub_folder(student, table, out, collection=collection, texts=texts, overwrite=overwrite)
+        held = "with their texts" if done.has_texts else "ids and labels without texts"
+        typer.echo(f"student and {done.num_rows:,} rows of scores, {held}", err=True)
         typer.echo("no licence is stated: add yours to student/README.md and scores/README.md before you publish", err=True)
         typer.echo(str(out))

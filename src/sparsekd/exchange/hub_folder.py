@@ -57,14 +57,14 @@ def export_hub_folder(
     target: Path,
     *,
     collection: Path | None = None,
-    texts: bool = True,
+    texts: bool | None = None,
     overwrite: bool = False,
 ) -> HubFolder:
     """Write a trained student and the table it was trained on as ``target``, a new folder. Nothing is left if anything fails.
 
-    Texts are left out where ``texts`` is false or the recipe of either says ``[collection] publish_texts = false``: the dataset
-    then has ids and labels alone. Raises ValueError if the student was trained on another table, the target exists, or the
-    collection's texts are not those that were scored; IntegrityError if either folder is not what was published.
+    Without ``texts`` the dataset has ids and labels alone; None leaves texts out where the recipe that student or table was made
+    by said ``[collection] publish_texts = false``. Raises ValueError if the student was trained on another table, the target
+    exists, or the collection's texts are not those that were scored; IntegrityError if either folder is not what was published.
     """
     require_free(target, overwrite)
     student, table = _open_student(student_folder), ScoreTable.open(table_folder)
@@ -75,7 +75,7 @@ def export_hub_folder(
         )
     fields: dict[str, Any] = {"stage": HUB_STAGE, "student": student.key, "table": table.key}
     source = None
-    if texts and _may_publish(student) and _may_publish(table.artifact):
+    if texts if texts is not None else _may_publish(student) and _may_publish(table.artifact):
         source, fields["collection"] = read_source(table, collection)
     places = [str(path.absolute()) for path in (student_folder, table_folder, target, collection) if path is not None]
     extra: dict[str, Any] = without_paths_in(provenance(()), places)

@@ -234,6 +234,10 @@ def test_texts_stay_at_home_where_they_are_not_to_be_published(
     assert "No texts: they are left out" in written
 
 
+def test_a_later_word_of_the_owner_lets_texts_out(train: Callable[..., Trained], hub: Callable[..., Path]) -> None:
+    assert (hub(train(publish_texts=False), "--with-texts") / "scores" / "rows.parquet").is_file()
+
+
 def test_a_student_of_another_table_is_refused(train: Callable[..., Trained], run: Callable[..., Result], tmp_path: Path) -> None:
     ours, other = train(), train("margin")
 
