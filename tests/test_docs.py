@@ -1,11 +1,22 @@
-"""Every repository path, make target and flag that the documents name exists."""
+"""Every repository path, link, make target, command, flag and recipe key that the documents name exists."""
 
 from __future__ import annotations
 
 import re
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
+from pydantic import BaseModel
+
+from sparsekd.cli import app
+from sparsekd.recipe import Recipe
+from sparsekd.stage import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
@@ -15,6 +26,7 @@ DOCUMENTS = [
         ROOT / "CONTRIBUTING.md",
         *sorted((ROOT / "docs").glob("*.md")),
         ROOT / "data" / "README.md",
+        ROOT / "benchmarks" / "README.md",
     )
     if path.is_file()
 ]
@@ -23,19 +35,36 @@ TOP_LEVEL = ("pipeline", "src", "tests", "benchmarks", "docs", "data", ".ci")
 MADE_LATER = ("data/cache", "data/collections", ".venv")
 ENDINGS = (".py", ".toml", ".md", ".txt", ".jsonl", ".tsv", ".yaml")
 # Flags of other people's programs that our documents may show.
-FOREIGN_FLAGS = {"--constraint", "--editable", "--help", "--version"}
-STAGE_SCRIPTS = sorted((ROOT / "pipeline").glob("*.py"))
+FOREIGN_FLAGS = {"--constraint", "--editable", "--help", "--version", "--nproc-per-node", "--strict"}
 
 SPAN = re.compile(r"`([^`\n]+)`")
-BLOCK = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?:(?<=\n\n)|\A)((?:    [^\n]*\n|\n(?=    ))+)")
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 MAKE = re.compile(r"\bmake ((?:[a-z][a-z-]*\b(?!=)[ ]?)+)")
+VARIABLE = re.compile(r"\b([A-Z]+)=")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+SCRIPT = re.compile(r"(?:^|\s)((?:pipeline|benchmarks|data)/\w+\.py)\b")
+TABLE = re.compile(r"\[{1,2}([a-z_]+(?:\.\w+)*)\]{1,2}(?: ([a-z_]+))?")
+SECTIONS = "|".join(Recipe.model_fields)
+OVERRIDE = re.compile(rf"""(?<![\w./-])((?:{SECTIONS})(?:\.(?:\w+|"[^"]+"))+)=""")
+SETTING = re.compile(r"([a-z_]+) = \S.*")
+
+
+def blocks_of(text: str) -> list[str]:
+    """Return the code blocks, fenced or indented by four, without their indentation."""
+    fenced = FENCED.findall(text)
+    indented = INDENTED.findall(FENCED.sub("", text))
+    return [*fenced, *(re.sub(r"^    ", "", block, flags=re.MULTILINE) for block in indented)]
+
+
+def spans_of(text: str) -> list[str]:
+    return SPAN.findall(INDENTED.sub("", FENCED.sub("", text)))
 
 
 def code_of(text: str) -> list[str]:
-    """Return what stands in code spans and code blocks."""
-    return [*SPAN.findall(BLOCK.sub("", text)), *BLOCK.findall(text)]
+    """Return what stands in code spans, and each line of the code blocks."""
+    return [*spans_of(text), *(line for block in blocks_of(text) for line in block.splitlines())]
 
 
 def paths_of(text: str) -> set[str]:
@@ -54,6 +83,113 @@ def targets_of(text: str) -> set[str]:
 
 def flags_of(text: str) -> set[str]:
     return {flag for code in code_of(text) for flag in FLAG.findall(code)} - FOREIGN_FLAGS
+
+
+def variables_of(text: str) -> set[str]:
+    """Return what is set after ``make``, values left out."""
+    calls = [re.sub(r"""(["']).*?\1""", "", code) for code in code_of(text) if MAKE.search(code)]
+    return {name for call in calls for name in VARIABLE.findall(call)}
+
+
+def command_lines_of(text: str) -> Iterator[list[str]]:
+    """Yield the words after ``sparsekd`` of every line or span that calls it; one of ``bank …`` alone is such a call too."""
+    for code in code_of(text):
+        words = code.replace("[", " ").replace("]", " ").split()
+        if words and words[0].removeprefix(".venv/bin/") == "sparsekd":
+            yield words[1:]
+        elif len(words) > 1 and words[0] == "bank":
+            yield words
+
+
+def unknown_words(words: Sequence[str]) -> list[str]:
+    """Return the commands and flags among the words of a call of ``sparsekd`` that its parser does not have."""
+    command, rest = typer.main.get_command(app), list(words)
+    while rest and hasattr(command, "commands") and re.fullmatch(r"[a-z-]+", rest[0]):
+        if rest[0] not in command.commands:
+            return [rest[0]]
+        command = command.commands[rest.pop(0)]
+    known = {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]} | FOREIGN_FLAGS
+    return [flag for word in rest for flag in FLAG.findall(word) if flag not in known]
+
+
+def sparsekd_flags(command: Any = None) -> set[str]:
+    command = command or typer.main.get_command(app)
+    found = {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]}
+    return found.union(*(sparsekd_flags(each) for each in getattr(command, "commands", {}).values()))
+
+
+def script_flags(path: str) -> set[str]:
+    """Return the flags of a script: those of the stage parser, or what a benchmark or a builder adds to its own."""
+    if path.startswith("pipeline/"):
+        return {option for action in _parser("")._actions for option in action.option_strings}
+    return set(re.findall(r"""add_argument\(\s*["'](--[a-z-]+)["']""", (ROOT / path).read_text(encoding="utf-8")))
+
+
+def scripts() -> list[str]:
+    found = [path for room in ("pipeline", "benchmarks", "data") for path in (ROOT / room).glob("*.py")]
+    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
+def keys_of(text: str) -> set[tuple[str, ...]]:
+    """Return the recipe's keys that code names: ``[table] key``, ``section.key=``, and every key of a block of TOML."""
+    found: set[tuple[str, ...]] = set()
+    for code in [*spans_of(text), *(line for block in blocks_of(text) if not is_toml(block) for line in block.splitlines())]:
+        found |= {tuple(re.findall(r'"[^"]+"|\w+', dotted)) for dotted in OVERRIDE.findall(code)}
+    for code in spans_of(text):
+        found |= {(*table.split("."), *filter(None, [key])) for table, key in TABLE.findall(code)}
+    for block in filter(is_toml, blocks_of(text)):
+        found |= set(paths_in(tomllib.loads(block), ()))
+    return found
+
+
+def settings_of(text: str) -> set[str]:
+    """Return the keys of spans ``key = value``, whose section the sentence says."""
+    return {match[1] for span in spans_of(text) if (match := SETTING.fullmatch(span))}
+
+
+def is_toml(block: str) -> bool:
+    return re.match(r"\s*\[{1,2}[a-z_.]+\]{1,2}", block) is not None
+
+
+def paths_in(value: Any, prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield (*prefix, name)
+            yield from paths_in(each, (*prefix, name))
+    elif isinstance(value, list):
+        for each in value:
+            yield from paths_in(each, prefix)
+
+
+def shape_of(annotation: Any) -> tuple[set[type[BaseModel]], bool, bool]:
+    """Return the models an annotation can hold, whether in a list, whether by name."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {annotation}, False, False
+    origin, models, in_list, by_name = typing.get_origin(annotation), set[type[BaseModel]](), False, False
+    if origin in (typing.Union, types.UnionType, typing.Annotated, tuple, dict):
+        for part in typing.get_args(annotation):
+            inner, inner_list, inner_name = shape_of(part)
+            models, in_list, by_name = models | inner, in_list or inner_list, by_name or inner_name
+    return models, in_list or origin is tuple, by_name or origin is dict
+
+
+def is_recipe_key(keys: Sequence[str], models: Iterable[type[BaseModel]] = (Recipe,)) -> bool:
+    """Say whether the schema has a key; an item of a list may be named, as after ``--set``, or not, as in a table's header."""
+    if not keys:
+        return True
+    for model in models:
+        if keys[0] not in model.model_fields:
+            continue
+        inner, in_list, by_name = shape_of(model.model_fields[keys[0]].annotation)
+        rest = keys[1:]
+        if (not by_name and is_recipe_key(rest, inner)) or ((in_list or by_name) and is_recipe_key(rest[1:], inner)):
+            return True
+    return False
+
+
+def all_settings(model: type[BaseModel] = Recipe) -> set[str]:
+    inner = [each for field in model.model_fields.values() for each in shape_of(field.annotation)[0]]
+    return set(model.model_fields).union(*(all_settings(each) for each in inner))
 
 
 def make_targets() -> set[str]:
@@ -84,16 +220,55 @@ def test_every_make_target_named_exists(document: Path) -> None:
     assert sorted(named - make_targets()) == []
 
 
-def test_every_flag_named_exists(document: Path) -> None:
-    sources = [
-        *STAGE_SCRIPTS,
-        *(ROOT / "src").rglob("*.py"),
-        *(ROOT / "benchmarks").glob("*.py"),
-        *(ROOT / "data").glob("*.py"),
-    ]
-    known = {flag for path in sources for flag in FLAG.findall(path.read_text(encoding="utf-8"))}
+def test_every_variable_given_to_make_is_one_of_the_makefile(document: Path) -> None:
+    named = variables_of(document.read_text(encoding="utf-8"))
+
+    known = re.findall(r"^([A-Z]+)\s*[?:]?=", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(named - set(known)) == []
+
+
+def test_every_flag_named_is_one_of_a_real_parser(document: Path) -> None:
+    known = sparsekd_flags().union(*map(script_flags, scripts()))
 
     assert sorted(flags_of(document.read_text(encoding="utf-8")) - known) == []
+
+
+def test_every_call_of_a_script_has_flags_of_its_own_parser(document: Path) -> None:
+    wrong = [
+        (script, flag)
+        for code in code_of(document.read_text(encoding="utf-8"))
+        for match in SCRIPT.finditer(code)
+        for script in [match[1]]
+        for flag in FLAG.findall(code[match.end() :])
+        if flag not in script_flags(script)
+    ]
+
+    assert wrong == []
+
+
+def test_every_call_of_sparsekd_has_commands_and_flags_of_its_parser(document: Path) -> None:
+    wrong = {" ".join(words): unknown_words(words) for words in command_lines_of(document.read_text(encoding="utf-8"))}
+
+    assert {call: unknown for call, unknown in wrong.items() if unknown} == {}
+
+
+def test_every_recipe_key_named_is_one_of_the_schema(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+
+    assert sorted(".".join(keys) for keys in keys_of(text) if not is_recipe_key(keys)) == []
+    assert sorted(settings_of(text) - all_settings()) == []
+
+
+def test_every_command_is_in_the_documents() -> None:
+    """A command that no document calls is one that nobody finds."""
+    called = [words for path in DOCUMENTS for words in command_lines_of(path.read_text(encoding="utf-8"))]
+    known = [
+        (name, *([] if under is None else [under]))
+        for name, command in typer.main.get_command(app).commands.items()
+        for under in getattr(command, "commands", {None: None})
+    ]
+
+    assert [command for command in known if not any(tuple(words[: len(command)]) == command for words in called)] == []
 
 
 def test_make_help_lists_every_target() -> None:
@@ -114,6 +289,56 @@ def test_the_readers_see_what_they_should() -> None:
     text = "Run `make data teacher-scores RECIPE=x.toml --dry-run`, see `src/gone.py` and [that](gone.md); make haste."
 
     assert targets_of(text) == {"data", "teacher-scores"}
+    assert variables_of(text) == {"RECIPE"}
     assert paths_of(text) == {"src/gone.py"}
     assert flags_of(text) == {"--dry-run"}
     assert LINK.findall(text) == ["gone.md"]
+
+
+def test_the_readers_see_indented_blocks() -> None:
+    text = "Here:\n\n    make data SET=\"A=b labels.kind=none\"\n\n    sparsekd bank ls --cache X\n\nand `[run] gone`, not there.\n"
+
+    assert targets_of(text) == {"data"}
+    assert variables_of(text) == {"SET"}
+    assert list(command_lines_of(text)) == [["bank", "ls", "--cache", "X"]]
+    assert keys_of(text) == {("labels", "kind"), ("run", "gone")}
+
+
+@pytest.mark.parametrize(
+    ("words", "unknown"),
+    [
+        ("bank ls --cache X", []),
+        ("bank sl", ["sl"]),
+        ("export table LAYOUT T OUT --overwrite --colection X", ["--colection"]),
+        ("import …", []),
+    ],
+)
+def test_a_call_is_held_against_the_parser(words: str, unknown: list[str]) -> None:
+    assert unknown_words(words.split()) == unknown
+
+
+@pytest.mark.parametrize(
+    ("dotted", "is_known"),
+    [
+        ("labels.num_negatives", True),
+        ("labels.num_negatifs", False),
+        ("labels.calibrations.NAME.kind", True),
+        ("labels.calibrations.NAME.kidn", False),
+        ("labels.weights.minilm", True),
+        ("teachers.minilm.max_length", True),
+        ("mining.miners.kind", True),
+        ("mining.miners.0.skip", True),
+        ("mining.fallback.quota", True),
+        ("student.budget.query_active_dims", True),
+        ("student.budgets", False),
+    ],
+)
+def test_a_key_is_held_against_the_schema(dotted: str, is_known: bool) -> None:
+    assert is_recipe_key(dotted.split(".")) is is_known
+
+
+def test_a_block_of_toml_is_read_whole() -> None:
+    text = "So:\n\n    [[teachers]]\n    name = \"a\"\n    fields = {b = \"1\"}\n\n    [labels]\n    kidn = 1\n\nend\n"
+
+    assert keys_of(text) == {("teachers",), ("teachers", "name"), ("teachers", "fields"), ("teachers", "fields", "b"), ("labels",),
+                             ("labels", "kidn")}  # fmt: skip

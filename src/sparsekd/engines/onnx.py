@@ -1,7 +1,7 @@
 """A student as one ONNX graph, from token ids and mask to its sparse vectors, by torch's own exporter, proven in ONNX Runtime.
 
-Inputs ``input_ids`` and ``attention_mask``, int64 [batch, tokens], both axes free; output ``weights``, float32 [batch, V], 0 where a
-dim is not active. Of a student with a transformer on one side only, that side: the other weighs its own tokens by a table.
+Inputs ``input_ids`` and ``attention_mask``, int64 [batch, tokens], both axes free; output ``weights``, float32 [batch, V], 0 where
+a dim is not active. Of a student with a transformer on one side only, that side: the other weighs its own tokens by a table.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def _modules(model: SparseEncoder, student: Path) -> tuple[str | None, list[Any]
     if not isinstance(first, Router):
         routes: dict[str | None, list[Any]] = {None: list(model)}
     else:
-        routes = {name: [*route, *list(model)[1:]] for name, route in first.sub_modules.items()}
+        sub_modules: Any = first.sub_modules
+        routes = {name: [*route, *list(model)[1:]] for name, route in sub_modules.items()}
     for task, modules in routes.items():
         if isinstance(modules[0], Transformer):
             return task, modules

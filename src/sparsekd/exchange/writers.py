@@ -7,8 +7,7 @@ bits. Ids are strings; score-dict and colbert write integers where all ids of a 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from sparsekd.collection.reading import shown
 from sparsekd.evaluation.runs import ranked, write_trec_run
 from sparsekd.exchange.layouts import Layout
 from sparsekd.exchange.score_dict import write_score_dict
+from sparsekd.exchange.source import Source
 from sparsekd.exchange.tabular import write_stream
 from sparsekd.labels.conversions import margins
 from sparsekd.labels.score_table import ScoreTable
@@ -33,31 +33,6 @@ configs:
   data_files: documents.arrow
 ---
 """
-
-
-@dataclass(frozen=True)
-class Source:
-    """A table and the texts of its ids."""
-
-    table: ScoreTable
-    queries: Mapping[str, str]
-    passages: Mapping[str, str]
-
-    def query(self, query_id: str) -> str:
-        """Return the text of a query; ValueError if the collection lacks it."""
-        return self._text(self.queries, query_id, "query", "queries.jsonl")
-
-    def passage(self, passage_id: str) -> str:
-        """Return the text of a passage; ValueError if the collection lacks it."""
-        return self._text(self.passages, passage_id, "passage", "corpus.jsonl")
-
-    def _text(self, texts: Mapping[str, str], text_id: str, kind: str, file: str) -> str:
-        if text_id not in texts:
-            raise ValueError(
-                f"{self.table.artifact.folder}: {kind} {shown(text_id)} of the table is not in the collection's {file}; give the "
-                "collection it was made from with --collection"
-            )
-        return texts[text_id]
 
 
 def write_layout(layout: Layout, source: Source, folder: Path) -> int:

@@ -24,6 +24,9 @@ class Collection(_Section):
     Makes retrieval easier, so figures compare only at equal values. None keeps all."""
     max_train_queries: int | None = Field(default=None, ge=1)
     """Train on this many queries, those of smallest sha256(query_id). None trains on all."""
+    publish_texts: bool = True
+    """Whether reports and hub folders may hold texts of its queries and passages; false where its licence forbids to publish them.
+    Changes no artifact and enters no key. True: a page is for looking at texts, and what leaves the machine is yours to decide."""
 
 
 class Calibration(_Section):

@@ -14,6 +14,7 @@ from sparsekd.experiment import Experiment
 from sparsekd.plan import Plan
 from sparsekd.report.results import BM25, STUDENT, UNTRAINED, Results, System, read_results
 from sparsekd.report.teaching import Teaching, read_teaching
+from sparsekd.report.withheld import without_own_terms
 
 PASSAGES_SHOWN = 3
 
@@ -33,7 +34,8 @@ class Hit:
     """A passage that a system ranked."""
 
     passage_id: str
-    text: str
+    text: str | None
+    """None where the collection's texts may not be published."""
     score: float
     grade: int | None
     """None: not judged."""
@@ -44,14 +46,15 @@ class Example:
     """One query side by side: what systems rank first, and what the student made of query and passage."""
 
     query_id: str
-    query: str
+    query: str | None
+    """None where the collection's texts may not be published."""
     reason: str
     ndcg: dict[str, float]
     """System -> nDCG@10 of this query."""
     hits: dict[str, list[Hit]]
     num_relevant: int
     terms: dict[str, Any]
-    """What ``examples.json`` says of it: terms of both sides and the products that make the score."""
+    """What ``examples.json`` says of it: terms of both sides and the products that make the score; without texts, no own terms."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class ExperimentFacts:
     collection: str
     counts: dict[str, int]
     """The collection's."""
+    has_texts: bool
+    """Whether the collection's texts may be shown."""
     results: Results
     training: Training | None
     teaching: Teaching | None
@@ -94,6 +99,7 @@ def read_experiment(experiment: Experiment) -> ExperimentFacts:
     return ExperimentFacts(
         collection=plan.collection_folder.name,
         counts=plan.collection.counts,
+        has_texts=plan.recipe.collection.publish_texts,
         results=results,
         training=training,
         teaching=teaching,
@@ -140,10 +146,11 @@ def _read_examples(experiment: Experiment, results: Results) -> list[Example]:
 
 def _example(experiment: Experiment, results: Results, systems: Mapping[str, System], told: dict[str, Any]) -> Example:
     query_id = told["query_id"]
-    grades, passages = results.qrels[query_id], experiment.collection.passages
+    grades, collection = results.qrels[query_id], experiment.collection
+    has_texts = experiment.recipe.collection.publish_texts
     hits = {
         name: [
-            Hit(passage_id, passages[passage_id], float(score), grades.get(passage_id))
+            Hit(passage_id, collection.passages[passage_id] if has_texts else None, float(score), grades.get(passage_id))
             for passage_id, score in zip(ranking.passage_ids[:PASSAGES_SHOWN], ranking.scores, strict=False)
         ]
         for name, system in systems.items()
@@ -152,12 +159,12 @@ def _example(experiment: Experiment, results: Results, systems: Mapping[str, Sys
     }
     return Example(
         query_id=query_id,
-        query=experiment.collection.queries[query_id],
+        query=collection.queries[query_id] if has_texts else None,
         reason=told["reason"],
         ndcg={name: system.values[MEASURES[0]][query_id] for name, system in results.systems.items()},
         hits={name: hits.get(name, []) for name in systems},
         num_relevant=sum(grade >= 1 for grade in grades.values()),
-        terms=told,
+        terms=told if has_texts else without_own_terms(told),
     )
 
 

@@ -46,6 +46,8 @@ class StudyFacts:
 
     collection: str
     counts: dict[str, int]
+    has_texts: bool
+    """Whether the members' pages may show the collection's texts."""
     members: list[MemberFacts]
     calls: TeacherCalls
     fronts: dict[str, list[int]]
@@ -91,6 +93,7 @@ def read_study(plan: Plan, members: Sequence[tuple[Member, Plan]], failures: Map
     return StudyFacts(
         collection=plan.collection_folder.name,
         counts=plan.collection.counts,
+        has_texts=plan.recipe.collection.publish_texts,
         members=found,
         calls=teacher_calls(members),
         fronts={cost: _front(found, cost) for cost in COSTS},

@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 import socket
 import unicodedata
+from collections.abc import Iterable
+from pathlib import PurePath
+from typing import Any
 
 _CONTROL_PICTURES = 0x2400  # U+2400 SYMBOL FOR NULL and the 31 that follow; U+2421 for DELETE
 _KEPT = "\n\t"
@@ -44,12 +47,43 @@ def _picture(character: str) -> str:
     return character  # spaces of other widths, joiners that scripts need
 
 
-def without_paths(text: str) -> str:
+def without_paths(text: str, known: Iterable[str] = ()) -> str:
     """Return ``text`` with every absolute path cut to its last component, and without this machine's name.
+
+    Where a path ends is a guess if it holds a space; those that are ``known`` are cut whole.
 
     >>> without_paths("python x.py --set collection.path=/home/me/data/nf a/b ~/c/d.toml")
     'python x.py --set collection.path=…/nf a/b …/d.toml'
+    >>> without_paths("read /my data/nf twice", ["/my data/nf"])
+    'read …/nf twice'
     """
+    for path in sorted(known, key=len, reverse=True):
+        text = text.replace(path, f"…/{PurePath(path).name}")
     shown = _ABSOLUTE.sub(lambda match: f"…/{match[1]}" if len(match[0]) > 1 else match[0], text)
     host = socket.gethostname()
     return re.sub(rf"(?<!\w){re.escape(host)}(?!\w)", "…", shown) if host else shown
+
+
+def paths_in(value: Any) -> set[str]:
+    """Return the strings of a JSON-able value that are absolute paths.
+
+    >>> sorted(paths_in({"collection": {"path": "/my data/nf"}, "models": ["/m", "a/b"], "note": "of /c"}))
+    ['/m', '/my data/nf']
+    """
+    if isinstance(value, str):
+        return {value} if PurePath(value).is_absolute() else set()
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return {path for part in parts for path in paths_in(part)}
+
+
+def without_paths_in(value: Any, known: Iterable[str] = ()) -> Any:
+    """Return a JSON-able value with ``without_paths`` on every string in it.
+
+    >>> without_paths_in({"path": "/home/me/nf", "note": ["from /a/b"], "n": 1})
+    {'path': '…/nf', 'note': ['from …/b'], 'n': 1}
+    """
+    if isinstance(value, str):
+        return without_paths(value, known)
+    if isinstance(value, dict):
+        return {name: without_paths_in(each, known) for name, each in value.items()}
+    return [without_paths_in(each, known) for each in value] if isinstance(value, list | tuple) else value
