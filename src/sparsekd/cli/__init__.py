@@ -1,5 +1,5 @@
 """``sparsekd``: what one does beside a recipe. ``bank`` shows, verifies, repairs and sweeps the score bank; ``import`` and
-``export`` exchange what was made with other projects.
+``export`` exchange what was made with other projects; ``search`` and ``encode`` let a student work.
 
 Exit 0 done, 1 damage found, 2 bad input with one line on stderr. Imports no torch.
 """
@@ -11,11 +11,14 @@ import typer
 from sparsekd.cli.bank import bank
 from sparsekd.cli.exports import export
 from sparsekd.cli.imports import import_scores
+from sparsekd.cli.search import encode, search
 from sparsekd.cli.settings import LOOK
 
 app = typer.Typer(**LOOK, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(bank, name="bank", help="Show, verify, repair and sweep what teachers and encoders already answered.")
 app.command("import")(import_scores)
+app.command("search")(search)
+app.command("encode")(encode)
 app.add_typer(export, name="export", help="Write what was made in the forms that other projects read.")
 
 

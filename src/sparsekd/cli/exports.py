@@ -9,7 +9,9 @@ import typer
 
 from sparsekd.cli.errors import one_line_errors
 from sparsekd.cli.imports import LayoutName
+from sparsekd.cli.search import DEFAULT_INDEXES, Indexes
 from sparsekd.cli.settings import LOOK
+from sparsekd.engines.catalogue import ENGINES
 from sparsekd.exchange.layouts import layout_of
 
 export = typer.Typer(**LOOK)
@@ -56,4 +58,46 @@ def export_hub_folder(
         held = "with their texts" if done.has_texts else "ids and labels without texts"
         typer.echo(f"student and {done.num_rows:,} rows of scores, {held}", err=True)
         typer.echo("no licence is stated: add yours to student/README.md and scores/README.md before you publish", err=True)
+        typer.echo(str(out))
+
+
+@export.command("engine")
+def export_engine(
+    engine: Annotated[str, typer.Argument(metavar="ENGINE", help=f"One of {', '.join(ENGINES)}.")],
+    student: Annotated[Path, typer.Argument(help="Folder of a saved SparseEncoder: CACHE/students/KEY.")],
+    collection: Annotated[Path, typer.Argument(help="BEIR folder: its corpus.jsonl is exported.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    queries: Annotated[Path | None, typer.Option("--queries", help="A queries.jsonl to encode for the engine too.")] = None,
+    indexes: Indexes = DEFAULT_INDEXES,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+) -> None:
+    """Write a student's vectors as a search engine's index or feed; the last line is the folder made."""
+    with one_line_errors():
+        from sparsekd.engines import exporting
+        from sparsekd.engines.catalogue import engine_of
+        from sparsekd.engines.student import source_of
+        from sparsekd.exchange.target import require_free
+        from sparsekd.recipe import Run
+
+        chosen = engine_of(engine)
+        chosen.require()
+        require_free(out, overwrite)
+        index, source = source_of(student, collection, indexes, Run(), queries=queries)
+        summary = exporting.export_engine(chosen, source, out, index_key=index.artifact.key, overwrite=overwrite)
+        typer.echo(", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in summary.items()), err=True)
+        typer.echo(str(out))
+
+
+@export.command("onnx")
+def export_onnx(
+    student: Annotated[Path, typer.Argument(help="Folder of a saved SparseEncoder: CACHE/students/KEY.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+) -> None:
+    """Write a student as one ONNX graph from token ids to weights, compared in ONNX Runtime; the last line is the folder made."""
+    with one_line_errors():
+        from sparsekd.engines import onnx
+
+        difference = onnx.export_onnx(student, out, overwrite=overwrite)
+        typer.echo(f"largest difference of a weight {difference:.1g}", err=True)
         typer.echo(str(out))
