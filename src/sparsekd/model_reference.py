@@ -49,7 +49,10 @@ def resolve(reference: str) -> ModelFolder:
     """
     if reference.startswith("package:"):
         return ModelFolder(reference, _folder_in_package(reference), None)
-    folder = Path(reference).expanduser()
+    try:
+        folder = Path(reference).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"model {reference!r}: {error} {_FORMS}") from error
     if folder.is_dir():
         return ModelFolder(reference, folder, None)
     repository, _, revision = reference.partition("@")
@@ -105,7 +108,7 @@ def _refuse_unsafe(folder: Path, files: list[Path]) -> None:
 
 def _folder_in_package(reference: str) -> Path:
     name = reference.removeprefix("package:")
-    roots = _package_roots(name)
+    roots = _package_roots(name) if name else []  # importlib.metadata raises for the empty name
     if not roots:
         raise FileNotFoundError(f"model {reference!r}: no installed package or module is called {name!r}; {_FORMS}")
     holders = sorted({path.parent for root in roots for mark in ("modules.json", "config.json") for path in root.rglob(mark)})

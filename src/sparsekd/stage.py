@@ -8,6 +8,7 @@ launcher started, the first speaks; the others say warnings and errors only.
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -23,6 +24,9 @@ from sparsekd.study import FailedMembersError
 from sparsekd.training.stopping import StoppedError
 
 logger = logging.getLogger("sparsekd")
+
+# What the system says of a path that the user named, wherever it is first used; a full or failing disk is another matter.
+_UNUSABLE_PATH = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def run_stage(
@@ -54,6 +58,12 @@ def run_stage(
             traceback.print_exc()
             return 1
         sys.stderr.write(f"error: {error}\n")
+        return 2
+    except OSError as error:
+        if error.errno not in _UNUSABLE_PATH:
+            traceback.print_exc()
+            return 1
+        sys.stderr.write(f"error: {error.filename}: {(error.strerror or '').lower()}; name another path in the recipe\n")
         return 2
     except StoppedError as stopped:
         if _is_first():

@@ -157,6 +157,47 @@ def test_what_is_not_toml_is_refused_with_its_place(recipe_path: Path, content: 
     assert reason in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("seed = 0x" + "f" * 5000, "[training] seed: an integer of 20,000 bits; expected at most 64, as TOML has them"),
+        ("seed = 18446744073709551616", "[training] seed: an integer of 65 bits; expected at most 64, as TOML has them"),
+        ("seed = -1", "[training] seed = -1: input should be greater than or equal to 0"),
+        ("seed = 4294967296", "[training] seed = 4294967296: input should be less than 4294967296"),
+        ("seed" + ".a" * 5000 + " = 1", f"[training.seed{'.a' * 13}] a: nests deeper than 16 levels; expected a value or a table"),
+        ("seed = " + "[" * 300 + "]" * 300, f"[training.seed{'.0' * 13}] 0: nests deeper than 16 levels; expected a value or a "),
+        ('loss = "a\\u0000"', "[training] loss: a text with NUL at character 2; expected none"),
+        ('"\\u001b[31m\\n" = 1', "[training] '\\x1b[31m\\n' is not a known key; expected one of: loss, "),
+        ('"' + "k" * 100_000 + '" = 1', f"[training] '{'k' * 57}' is not a known key; expected one of: loss, "),
+        ('seed = "' + "k" * 100_000 + '"', f"[training] seed = '{'k' * 56}...: input should be a valid integer"),
+        ("learning_rate = 1e999", "[training] learning_rate = inf: input should be a finite number"),
+        ("seed = 1979-05-27", "[training] seed = datetime.date(1979, 5, 27): input should be a valid integer"),
+    ],
+    ids=["hex", "int64", "negative", "numpy", "keys", "lists", "NUL", "escape", "long key", "long value", "1e999", "date"],
+)
+def test_what_toml_can_write_and_no_recipe_means_is_refused_in_one_short_line(refusal: Refusal, line: str, message: str) -> None:
+    said = refusal(WHOLE + f"[training]\n{line}\n")
+
+    assert said.startswith(message)
+    assert len(said) < 700
+    assert said.isprintable()
+
+
+@pytest.mark.parametrize("dress", ["\ufeff{}", "{}\n\n", "# \u2028 é\n{}"], ids=["BOM", "blank", "U+2028"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_what_editors_put_around_a_recipe_changes_nothing(recipe_path: Path, dress: str, line_end: str) -> None:
+    recipe_path.write_bytes(dress.format(WHOLE).replace("\n", line_end).encode())
+
+    assert load_recipe(recipe_path) == Recipe.model_validate(tomllib.loads(WHOLE))
+
+
+def test_a_value_of_set_that_is_no_text_is_refused(recipe_path: Path) -> None:
+    recipe_path.write_text(WHOLE, encoding="utf-8")
+
+    with pytest.raises(ValueError, match=r"x\.toml: \[student\] query_prompt: a text that is not Unicode; expected UTF-8$"):
+        load_recipe(recipe_path, ["student.query_prompt=\udcff"])
+
+
 def test_every_line_of_a_refusal_begins_with_the_file(recipe_path: Path) -> None:
     recipe_path.write_text(WHOLE.replace("model", "modle"), encoding="utf-8")
 

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 
-from sparsekd.bank.search import Positions, find_keys
-from sparsekd.bank.segment import to_arrow, to_numpy
+from sparsekd.bank.search import Positions, are_ascending, find_keys
+from sparsekd.bank.segment import columns_of, to_arrow, to_numpy
 from sparsekd.bank.sparse import SparseBank
 from sparsekd.bank.store import Layout, SegmentStore
 from sparsekd.bank.text_key import Words, check_keys
@@ -45,7 +45,7 @@ class EmbeddingBank:
 
         ``reference``, how people call the model, is for ``sparsekd bank ls`` and decides nothing.
         """
-        layout = Layout(KIND, self._max_segment_bytes, num_texts_of, merge_segments)
+        layout = Layout(KIND, self._max_segment_bytes, num_texts_of, merge_segments, find_fault)
         return Embeddings(SegmentStore(self._root, layout, identity, reference))
 
 
@@ -118,6 +118,21 @@ class Embeddings:
 def num_texts_of(batch: pa.RecordBatch) -> int:
     """Return the number of vectors in a segment."""
     return int(batch.num_rows)
+
+
+def find_fault(batch: pa.RecordBatch) -> str | None:
+    """Say what is wrong with a segment that some other program wrote; None for one of ours."""
+    types = list(columns_of(batch).items())
+    if types[:2] != [("k0", pa.uint64()), ("k1", pa.uint64())] or [name for name, _ in types[2:]] != ["vector"]:
+        return f"columns {dict(types)}"
+    vector = types[2][1]
+    if not pa.types.is_fixed_size_list(vector) or vector.value_type != pa.float32() or not vector.list_size:
+        return f"vectors of {vector}"
+    if not are_ascending(to_numpy(batch.column("k0")), to_numpy(batch.column("k1"))):
+        return "texts out of order"
+    vectors = _vectors(batch)
+    blocks = _blocks(np.arange(len(vectors)), vectors.shape[1])
+    return None if all(np.isfinite(vectors[rows[0] : rows[-1] + 1]).all() for rows in blocks) else "a vector that is not finite"
 
 
 def merge_segments(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,13 +19,15 @@ from typing import Any
 import xxhash
 
 from sparsekd.artifact import MANIFEST, IntegrityError, key_of, write_file_atomically
-from sparsekd.bank.segment import SegmentEntry
+from sparsekd.bank.segment import SUFFIX, SegmentEntry
+from sparsekd.collection.reading import shown
 
 IDENTITY = "identity.json"
 REFERENCE = "reference.txt"
 LOCK = ".lock"
 COMPACTION_LOCK = ".compaction.lock"
 _FORMAT = 1
+_SEGMENT = re.compile(r"[0-9a-f]{32}" + re.escape(SUFFIX))
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,9 @@ def decode_manifest(folder: Path, raw: bytes) -> Manifest:
         is_intact = manifest.encode() == raw
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{path}: not a bank manifest ({error!r}); {repair_hint(folder)}") from error
+    foreign = next((entry for entry in entries if not _is_segment(entry)), None)
+    if foreign is not None:  # its checksum is no signature, and names here are opened, moved and removed
+        raise IntegrityError(f"{path}: lists {shown(foreign.name)}, which names no segment of this folder; {repair_hint(folder)}")
     if not is_intact:
         raise IntegrityError(f"{path}: changed since it was written, its own checksum does not fit; {repair_hint(folder)}")
     if (manifest.kind, manifest.key) != (folder.parent.name, folder.name):
@@ -82,6 +88,11 @@ def decode_manifest(folder: Path, raw: bytes) -> Manifest:
             "a bank folder answers only under its own name: move it back"
         )
     return manifest
+
+
+def _is_segment(entry: SegmentEntry) -> bool:
+    is_name = isinstance(entry.name, str) and _SEGMENT.fullmatch(entry.name) is not None
+    return is_name and all(type(number) is int and number >= 0 for number in (entry.rows, entry.bytes))
 
 
 def read_manifest_bytes(folder: Path) -> bytes:
@@ -141,9 +152,10 @@ def _encode_identity(identity: Mapping[str, Any]) -> bytes:
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold an exclusive lock; yield False at once if another holds it and ``wait`` is off.
 
-    The kernel drops it when the holder dies, so there are no stale locks.
+    The kernel drops it when the holder dies, so there are no stale locks. OSError if a symbolic link stands there, which would have
+    a file made where it leads.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

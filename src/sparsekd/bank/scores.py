@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 
-from sparsekd.bank.search import Positions, find_keys, find_keys_within
-from sparsekd.bank.segment import to_arrow, to_numpy
+from sparsekd.bank.search import Positions, are_ascending, find_keys, find_keys_within
+from sparsekd.bank.segment import columns_of, to_arrow, to_numpy
 from sparsekd.bank.store import Layout, SegmentStore
 from sparsekd.bank.text_key import Words, check_keys
 
@@ -28,6 +28,7 @@ _BYTES_PER_PAIR = 20
 _PAIRS_PER_BLOCK = 1 << 19  # fastest of 2^16..2^21 for random questions; about 60 MB of working memory
 _PAIRS_PER_MERGE_STEP = 1 << 20
 _PASSAGE = pa.struct([("p0", pa.uint64()), ("p1", pa.uint64()), ("gold_sim", pa.float32())])
+_COLUMNS = {"q0": pa.uint64(), "q1": pa.uint64(), "passages": pa.list_(_PASSAGE)}
 
 
 class ScoreBank:
@@ -43,7 +44,7 @@ class ScoreBank:
 
         ``reference``, how people call the model, is for ``sparsekd bank ls`` and decides nothing.
         """
-        layout = Layout(KIND, self._max_segment_pairs * _BYTES_PER_PAIR, num_pairs_of, merge_segments)
+        layout = Layout(KIND, self._max_segment_pairs * _BYTES_PER_PAIR, num_pairs_of, merge_segments, find_fault)
         return TeacherScores(SegmentStore(self._root, layout, identity, reference), self._max_segment_pairs)
 
 
@@ -110,6 +111,23 @@ class TeacherScores:
 def num_pairs_of(batch: pa.RecordBatch) -> int:
     """Return the number of pairs in a segment."""
     return len(batch.column("passages").values)
+
+
+def find_fault(batch: pa.RecordBatch) -> str | None:
+    """Say what is wrong with a segment that some other program wrote; None for one of ours."""
+    if columns_of(batch) != _COLUMNS:
+        return f"columns {columns_of(batch)}"
+    segment = _Segment(batch)
+    if not np.isfinite(segment.gold_sim).all():
+        return "a score that is not finite"
+    if not are_ascending(segment.first, segment.second):
+        return "queries out of order"
+    if (np.diff(segment.offsets) <= 0).any():
+        return "a query without passages"
+    p0, p1 = segment.p0, segment.p1
+    is_sorted = (p0[:-1] < p0[1:]) | ((p0[:-1] == p0[1:]) & (p1[:-1] < p1[1:]))
+    is_sorted[segment.offsets[1:-1] - 1] = True  # from one query's last passage to the next one's first
+    return None if is_sorted.all() else "passages out of order"
 
 
 def merge_segments(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:

@@ -15,6 +15,12 @@ from sparsekd.bank.text_key import Words
 Positions = npt.NDArray[np.int64]
 
 
+def are_ascending(first: Words, second: Words) -> bool:
+    """Say whether the keys (first, second) are sorted and distinct, as ``find_keys`` needs them."""
+    before, after = first[:-1], first[1:]
+    return bool(((before < after) | ((before == after) & (second[:-1] < second[1:]))).all())
+
+
 def find_keys(first: Words, second: Words, asked_first: Words, asked_second: Words) -> Positions:
     """Return where each asked key stands in the sorted keys (first, second), -1 where it does not."""
     position = np.searchsorted(first, asked_first).astype(np.int64)

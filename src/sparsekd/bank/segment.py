@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,9 @@ def open_segment(path: Path, kind: str, key: str, entry: SegmentEntry | None = N
 
     Raises FileNotFoundError if it is gone, which the store tells apart from a compaction that replaced it.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if not stat.S_ISREG(path.lstat().st_mode):  # a link leads out of the bank, a pipe would be waited for
+        raise IntegrityError(f"{path}: no regular file, expected a segment")
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         size = os.fstat(descriptor).st_size
         if entry is not None and size != entry.bytes:
@@ -92,6 +95,8 @@ def open_segment(path: Path, kind: str, key: str, entry: SegmentEntry | None = N
     try:
         with pa.ipc.open_file(pa.BufferReader(pa.py_buffer(content))) as reader:
             batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        for batch in batches:
+            batch.validate(full=True)  # offsets inside their buffers: what follows reads them as arrays
     except (pa.ArrowException, OSError) as error:
         raise IntegrityError(f"{path}: not an Arrow file ({error})") from error
     owner = owner_of(batches[0]) if len(batches) == 1 else None
@@ -111,6 +116,21 @@ def to_numpy(column: pa.Array) -> npt.NDArray[Any]:
     """Return an Arrow array of plain numbers as a read-only array over the same memory, for the same reason."""
     dtype = column.type.to_pandas_dtype()
     return np.frombuffer(column.buffers()[1], dtype=dtype, count=column.offset + len(column))[column.offset :]
+
+
+def columns_of(batch: pa.RecordBatch) -> dict[str, pa.DataType]:
+    """Return the type of each column, by name, in order."""
+    return {field.name: field.type for field in batch.schema}
+
+
+def fault_of(batch: pa.RecordBatch, find_fault: Callable[[pa.RecordBatch], str | None]) -> str | None:
+    """Say what in a batch no append would have written, None if nothing; nulls are for every kind, arrays do not show them."""
+    return "a null" if any(_num_nulls(column) for column in batch.columns) else find_fault(batch)
+
+
+def _num_nulls(column: pa.Array) -> int:
+    inner = column.flatten() if pa.types.is_struct(column.type) else [column.values] if hasattr(column, "values") else []
+    return int(column.null_count) + sum(_num_nulls(part) for part in inner)
 
 
 def owner_of(batch: pa.RecordBatch) -> Owner | None:

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 
-from sparsekd.bank.search import Positions, find_keys
-from sparsekd.bank.segment import to_arrow, to_numpy
+from sparsekd.bank.search import Positions, are_ascending, find_keys
+from sparsekd.bank.segment import columns_of, to_arrow, to_numpy
 from sparsekd.bank.store import Layout, SegmentStore
 from sparsekd.bank.text_key import Words, check_keys
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 KIND = "sparse"
 MAX_SEGMENT_BYTES = 1 << 30  # 600,000 vectors of 200 active dims; offsets within a segment fit int32 eight times over
 _DIMENSION = b"dimension"
+_COLUMNS = {"k0": pa.uint64(), "k1": pa.uint64(), "indices": pa.list_(pa.int32()), "values": pa.list_(pa.float32())}
 
 
 class SparseBank:
@@ -41,7 +42,7 @@ class SparseBank:
 
         ``reference``, how people call the model, is for ``sparsekd bank ls`` and decides nothing.
         """
-        layout = Layout(KIND, self._max_segment_bytes, num_texts_of, merge_segments)
+        layout = Layout(KIND, self._max_segment_bytes, num_texts_of, merge_segments, find_fault)
         return SparseVectors(SegmentStore(self._root, layout, identity, reference))
 
 
@@ -122,6 +123,22 @@ class SparseVectors:
 def num_texts_of(batch: pa.RecordBatch) -> int:
     """Return the number of vectors in a segment."""
     return int(batch.num_rows)
+
+
+def find_fault(batch: pa.RecordBatch) -> str | None:
+    """Say what is wrong with a segment that some other program wrote; None for one of ours."""
+    if columns_of(batch) != _COLUMNS:
+        return f"columns {columns_of(batch)}"
+    dimension = (batch.schema.field("indices").metadata or {}).get(_DIMENSION, b"")
+    indices, values = batch.column("indices"), batch.column("values")
+    if not dimension.isdigit() or indices.offsets != values.offsets:
+        return "vectors without a dimension, or of another number of values than indices"
+    if not are_ascending(*_keys(batch).T):
+        return "texts out of order"
+    flat = to_numpy(indices.values) if len(indices.values) else np.empty(0, np.int32)
+    if ((flat < 0) | (flat >= int(dimension))).any():
+        return "an index beyond the dimension"
+    return None if not len(flat) or np.isfinite(to_numpy(values.values)).all() else "a value that is not finite"
 
 
 def merge_segments(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:

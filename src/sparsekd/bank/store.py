@@ -32,7 +32,7 @@ from sparsekd.bank.manifest import (
     write_identity,
     write_manifest,
 )
-from sparsekd.bank.segment import Owner, SegmentEntry, open_segment, write_segment
+from sparsekd.bank.segment import Owner, SegmentEntry, fault_of, open_segment, write_segment
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ class Layout:
     """Pairs or texts in a batch."""
     merge: Callable[[Sequence[pa.RecordBatch]], pa.RecordBatch]
     """Join sorted batches into one; of equal keys the first batch's row stays."""
+    find_fault: Callable[[pa.RecordBatch], str | None]
+    """Say what in a batch no append would have written: another column, keys out of order, a number that is not finite."""
 
 
 class SegmentStore:
@@ -165,6 +167,9 @@ class SegmentStore:
     def _open(self, entry: SegmentEntry) -> pa.RecordBatch:
         try:
             batch = open_segment(self.folder / entry.name, self._owner.kind, self._owner.key, entry)
+            fault = fault_of(batch, self._layout.find_fault)
+            if fault is not None:
+                raise IntegrityError(f"{self.folder / entry.name}: {fault}, which nothing here writes")
         except IntegrityError as error:
             raise IntegrityError(f"{error}; {repair_hint(self.folder)}") from error
         if self._layout.num_rows(batch) != entry.rows:

@@ -7,6 +7,7 @@ holds are scored again. Sweeping touches unpublished files only.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,10 +27,11 @@ from sparsekd.bank.manifest import (
     write_identity,
     write_manifest,
 )
-from sparsekd.bank.segment import SUFFIX, SegmentEntry, open_segment, owner_of
+from sparsekd.bank.segment import SUFFIX, SegmentEntry, fault_of, open_segment, owner_of
 
 DAMAGED = "damaged"
 _NUM_ROWS = {scores.KIND: scores.num_pairs_of, embeddings.KIND: embeddings.num_texts_of, sparse.KIND: sparse.num_texts_of}
+_FIND_FAULT = {scores.KIND: scores.find_fault, embeddings.KIND: embeddings.find_fault, sparse.KIND: sparse.find_fault}
 _UNLISTED_SECONDS = 3600  # a segment is renamed and listed under one lock, so minutes would do
 
 
@@ -144,16 +146,14 @@ def find_leftovers(root: Path) -> list[Leftover]:
 
 
 def remove(leftover: Leftover) -> None:
-    """Delete a leftover, unless it was published meanwhile."""
+    """Delete a leftover, unless it was published meanwhile; of a symbolic link the link, never what it leads to."""
     path = leftover.path
     if path.suffix == SUFFIX:
         with locked(path.parent / LOCK):
             if path.name not in {entry.name for entry in read_manifest(path.parent).segments}:
                 path.unlink(missing_ok=True)
-    elif path.is_dir():
-        for inner in path.iterdir():
-            inner.unlink()
-        path.rmdir()
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
@@ -161,6 +161,9 @@ def remove(leftover: Leftover) -> None:
 def _checked(folder: Path, entry: SegmentEntry) -> pa.RecordBatch:
     """Open a segment afresh, with every check; -1 rows are not compared."""
     batch = open_segment(folder / entry.name, folder.parent.name, folder.name, entry)
+    fault = fault_of(batch, _FIND_FAULT[folder.parent.name])
+    if fault is not None:
+        raise IntegrityError(f"{folder / entry.name}: {fault}, which nothing here writes")
     if entry.rows not in (-1, rows := _NUM_ROWS[folder.parent.name](batch)):
         raise IntegrityError(f"{folder / entry.name}: {rows} rows, its manifest says {entry.rows}")
     return batch
@@ -227,4 +230,5 @@ def _age_seconds(path: Path) -> float:
 
 
 def _size(path: Path) -> int:
-    return sum(inner.stat().st_size for inner in path.rglob("*")) if path.is_dir() else path.stat().st_size
+    is_folder = path.is_dir() and not path.is_symlink()
+    return sum(inner.lstat().st_size for inner in path.rglob("*")) if is_folder else path.lstat().st_size

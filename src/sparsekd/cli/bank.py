@@ -11,7 +11,7 @@ import typer
 from sparsekd.artifact import IntegrityError, differing_fields
 from sparsekd.bank import upkeep
 from sparsekd.bank.manifest import Manifest, read_identity, read_manifest, read_reference
-from sparsekd.cli.columns import columns, size
+from sparsekd.cli.columns import columns, printable, size
 from sparsekd.cli.errors import one_line_errors
 from sparsekd.cli.settings import DEFAULT_CACHE, LOOK, Cache
 
@@ -37,7 +37,8 @@ def info(key: Key, cache: Cache = DEFAULT_CACHE) -> None:
         folder = upkeep.find_folder(_root(cache), key)
         manifest = read_manifest(folder)
         typer.echo(f"{folder}\n{_counts(manifest)} in {len(manifest.segments)} segments\n")
-        typer.echo(json.dumps(read_identity(folder), indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        identity = json.dumps(read_identity(folder), indent=2, sort_keys=True, ensure_ascii=False)
+        typer.echo("\n".join(printable(line) for line in identity.split("\n")) + "\n")
         rows = [(entry.name, f"{entry.rows:,}", size(entry.bytes)) for entry in manifest.segments]
         typer.echo(columns([("segment", "rows", "size"), *rows]))
 

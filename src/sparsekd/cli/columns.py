@@ -22,8 +22,18 @@ def size(num_bytes: int) -> str:
     return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
 
 
+def printable(text: str) -> str:
+    """Return ``text`` with what a terminal would obey escaped: names in a shared bank are other people's.
+
+    >>> printable("é\\x1b[31m")
+    'é\\\\x1b[31m'
+    """
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as aligned columns; columns of figures align right."""
+    """Return rows as aligned, printable columns; columns of figures align right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     is_figure = [all(_FIGURE.fullmatch(row[column]) for row in rows[1:]) for column in range(len(rows[0]))]
     lines = []

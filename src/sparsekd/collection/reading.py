@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from collections.abc import Iterator
 from json.decoder import JSONDecodeError, JSONDecoder
 from pathlib import Path
@@ -17,6 +18,9 @@ from typing import Any, NoReturn, TypeVar
 
 MAX_DEPTH = 64
 """Nesting of a JSON line; real metadata stays below 10, and a parser recursing 10,000 deep overflows the C stack."""
+
+MAX_BITS = 10_000
+"""Length of an integer that is written out: Python refuses decimals beyond 4,300 digits, which take 14,285 bits."""
 
 _Record = TypeVar("_Record", dict[str, Any], list[Any])
 
@@ -44,8 +48,8 @@ def refusal(path: Path, line: int, found: str, expected: str, remedy: str) -> Va
 
 
 def shown(value: object) -> str:
-    """Return ``value`` for a message: escaped, so it cannot drive a terminal, and cut to 60 characters."""
-    text = repr(value[:80] if isinstance(value, str) else value)
+    """Return ``value`` for a message: escaped, so it cannot drive a terminal, and cut to 60 characters, whatever it holds."""
+    text = repr(value[:80]) if isinstance(value, str) else _REPR.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -183,4 +187,18 @@ def _no_constant(literal: str) -> NoReturn:
     raise _Malformed(f"number {literal}", "a finite number", "correct or remove it")
 
 
+class _Repr(reprlib.Repr):
+    """repr that ends: of 10,000 levels, of a container that holds itself twice a level, of an integer too long for decimals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # No more than the 60 characters of a message can show.
+        self.maxlevel, self.maxdict, self.maxlist, self.maxtuple, self.maxset, self.maxfrozenset = 3, 12, 12, 12, 12, 12
+        self.maxstring = self.maxother = 200
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= MAX_BITS else f"an integer of {x.bit_length():,} bits"
+
+
+_REPR = _Repr()
 _DECODER = JSONDecoder(object_pairs_hook=_object, parse_float=_finite, parse_constant=_no_constant)

@@ -6,6 +6,7 @@ ValueError naming file and line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import numpy as np
 
 from sparsekd.collection.reading import refusal, shown, text_lines
 
+# Not all that float() takes: 1_000 is 1 to trec_eval, and digits of other scripts are 0.
+_DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _COLUMNS = ("query_id", "Q0", "doc_id", "rank", "score", "tag")
 
 
@@ -46,10 +49,7 @@ def read_run_scores(path: Path, keeps: Callable[[int, str, str], bool] | None = 
 
 
 def _score(path: Path, line: int, literal: str) -> float:
-    try:
-        score = float(literal)
-    except ValueError:
-        score = np.nan
+    score = float(literal) if _DECIMAL.fullmatch(literal) else np.nan
     with np.errstate(over="ignore"):
         is_finite = np.isfinite(np.float32(score))
     if not is_finite:

@@ -171,8 +171,11 @@ def _known(place: str, name: str, text_id: str, texts: dict[str, str], table: st
 
 def _trec_run(path: Path) -> Iterator[Row]:
     _require_line_end(path)
+    line = 0
     for line, query_id, passage_id, score in trec_run_lines(path):
         yield Row(f"{path}:{line}", query_id, [passage_id], [score])
+    if not line:
+        raise ValueError(f"{path}: 0 rows, expected at least one line of a run; write the file again")
 
 
 def _colbert(path: Path) -> Iterator[Row]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparsekd.collection.reading import shown
+from sparsekd.collection.reading import MAX_BITS, shown
 
 _FLOAT32_MAX = 3.4028234663852886e38
 
@@ -35,7 +35,7 @@ def refused(place: str, found: str, expected: str, remedy: str) -> ValueError:
 
 def checked_id(place: str, name: str, value: Any) -> str:
     """Return an id as the string it is in a collection; integers are written out exactly."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() <= MAX_BITS:
         return str(value)
     if not isinstance(value, str) or not value:
         raise refused(place, f"{name} {shown(value)}", "a non-empty string or an integer", "write the collection's own id")

@@ -1,7 +1,8 @@
 """The score dictionary ``{query_id: {passage_id: score}}`` as a pickle, gzipped or not, read by an unpickler that runs nothing.
 
-A pickle may name any function and have it called. This one admits dict, str, int and float: a name in the file is refused
-before it is looked up, and what was built is checked again, value by value. Holds the whole dictionary in memory.
+A pickle may name any function and have it called. This one admits dict, str, int and float: its opcodes are checked before
+anything is built, a name in the file is refused before it is looked up, and what was built is checked again, value by value.
+Holds the whole file, unpacked, and its dictionary in memory.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sparsekd.collection.reading import shown
+from sparsekd.exchange.opcodes import OpcodeError, check_opcodes
 from sparsekd.exchange.rows import Row, checked_id, checked_score, refused
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -70,11 +72,14 @@ def _load(path: Path) -> Any:
         raw.seek(0)
         try:
             with gzip.open(raw) if is_gzip else raw as stream:
-                loaded = _PlainUnpickler(stream).load()
-                if stream.read(1):
-                    raise ValueError("bytes follow its end")
-                return loaded
-        except _Forbidden as error:
+                content = stream.read()
+            check_opcodes(content)
+            whole = io.BytesIO(content)
+            loaded = _PlainUnpickler(whole).load()
+            if whole.read(1):
+                raise ValueError("bytes follow its end")
+            return loaded
+        except (_Forbidden, OpcodeError) as error:
             expected = "plain dict, str, int and float, nothing that a pickle would import or call"
             raise refused(str(path), str(error), expected, _REMEDY) from error
         except Exception as error:  # what a broken pickle raises is any of a dozen kinds

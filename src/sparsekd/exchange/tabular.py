@@ -12,7 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from sparsekd.collection.reading import json_objects
+from sparsekd.collection.reading import json_objects, shown
+from sparsekd.exchange.rows import refused
 
 _ROWS_PER_BATCH = 1024
 _MAGIC_OF_FILE = b"ARROW1"
@@ -48,11 +49,10 @@ def tabular_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{path}:{line}", record
         return
     number = 0
-    for batch in _checked_batches(path):
-        columns = {name: batch.column(place).to_pylist() for place, name in enumerate(batch.schema.names)}
-        for values in zip(*columns.values(), strict=True):
+    for names, columns in _columns(path):
+        for values in zip(*columns, strict=True):
             number += 1
-            yield f"{path}: row {number}", dict(zip(columns, values, strict=True))
+            yield f"{path}: row {number}", dict(zip(names, values, strict=True))
     if number == 0:
         raise ValueError(f"{path}: 0 rows, expected at least one; write the file again")
 
@@ -68,16 +68,26 @@ def write_stream(path: Path, schema: Any, rows: Iterable[Sequence[Any]]) -> int:
     return count
 
 
-def _checked_batches(path: Path) -> Iterator[Any]:
-    """Yield record batches whose bytes are what they claim, strings valid UTF-8."""
+def _columns(path: Path) -> Iterator[tuple[list[str], list[list[Any]]]]:
+    """Yield names and values of record batches whose bytes are what they claim, strings valid UTF-8."""
     try:
         for batch in _batches(path):
             batch.validate(full=True)
-            yield batch
-    except (pa.ArrowException, OSError) as error:
+            names = list(batch.schema.names)
+            _refuse_twice(path, names)
+            yield names, [column.to_pylist() for column in batch.columns]
+    # Overflow: a date beyond Python's. Unicode: a column's name.
+    except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{path}: not a whole {path.suffix.removeprefix('.')} file ({str(error).splitlines()[0]}); copy or write it again"
+            f"{path}: not a whole {path.suffix.removeprefix('.')} file ({reason}); copy or write it again"
         ) from error
+
+
+def _refuse_twice(path: Path, names: list[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise refused(str(path), f"column {shown(twice)} twice", "each column once", "rename one")
 
 
 def _batches(path: Path) -> Iterator[Any]:

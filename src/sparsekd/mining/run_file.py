@@ -38,6 +38,8 @@ class RunFile:
         self._wanted = frozenset(query_ids)
         self._query_ids = query_ids
         self._scores = read_run_scores(path, self._keeps)
+        if not self._scores and not self.num_outside:
+            raise ValueError(f"{path}: 0 rows, expected at least one line of a run; make the run over this collection")
 
     @property
     def num_missing(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from sparsekd.collection.reading import shown
 from sparsekd.overrides import apply_override
 from sparsekd.recipe.mining import (
     BM25Miner,
@@ -21,6 +22,7 @@ from sparsekd.recipe.mining import (
     SparseMiner,
     StudentMiner,
 )
+from sparsekd.recipe.plain_values import key_shown, refuse_odd_values
 from sparsekd.recipe.sections import Budget, Calibration, Collection, Evaluation, Labels, Recipe, Run, Student, Training
 from sparsekd.recipe.study import SECTIONS, Member, Study
 from sparsekd.recipe.teacher_training import TrainTeacher
@@ -36,7 +38,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe; expected a TOML file, e.g. pipeline/recipes/quickstart.toml")
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors put a byte-order mark there
     except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, a number of 5,000 digits, 1,000 nested brackets
         raise ValueError(f"{path}: not valid TOML: {error}") from error
     for override in overrides:
@@ -79,6 +81,10 @@ def _member(recipe: Recipe, overrides: Sequence[str], place: str) -> Recipe:
 
 def _validated(document: dict[str, Any], place: str) -> Recipe:
     try:
+        refuse_odd_values(document)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    try:
         return Recipe.model_validate(document)
     except ValidationError as error:
         problems = [problem for problem in error.errors() if not _is_echo(problem)]
@@ -102,7 +108,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
     if kind == "extra_forbidden":
         others = [f'"{other}"' for other, model in _kinds_of(problem["loc"]).items() if key in model.model_fields]
         if others:
-            return f"[{section}] {key} = {problem['input']!r} acts on kind = {' or '.join(others)} only; remove the key"
+            return f"[{section}] {key} = {shown(problem['input'])} acts on kind = {' or '.join(others)} only; remove the key"
         return f"[{section}] {key} is not a known key; {_hint(key, _known_keys(problem['loc']))}"
     if kind == "missing":
         return f"[{section}] {key} is missing; it has no default"
@@ -116,7 +122,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
         expected = f"expected at least {context['min_length']} item"
     else:
         expected = f"{message[:1].lower()}{message[1:]}"
-    return f"[{section}] {key} = {problem['input']!r}: {expected}"
+    return f"[{section}] {key} = {shown(problem['input'])}: {expected}"
 
 
 def _explain_tag(problem: Mapping[str, Any]) -> str:
@@ -126,7 +132,7 @@ def _explain_tag(problem: Mapping[str, Any]) -> str:
     kinds = list(_kinds_of((*problem["loc"], "kind")))
     if problem["type"] == "union_tag_not_found":
         return f"[{section}] kind is missing; expected one of: {', '.join(kinds)}"
-    return f"[{section}] kind = {found!r} is not a known {what}; {_hint(str(found), kinds)}"
+    return f"[{section}] kind = {shown(found)} is not a known {what}; {_hint(str(found), kinds)}"
 
 
 def _hint(word: str, known: Sequence[str]) -> str:
@@ -178,7 +184,7 @@ _MODELS: dict[str, type[BaseModel]] = {
 
 def _place(location: Sequence[str | int]) -> list[str]:
     """Return the location without the tag (its kind) that pydantic puts after an item's position: no place in the file."""
-    parts = [str(part) for part in location]
+    parts = [key_shown(str(part)) for part in location]
     tag = {("mining", "miners"): 3, ("mining", "fallback"): 2, ("teachers",): 2}
     place = next((place for section, place in tag.items() if parts[: len(section)] == [*section]), len(parts))
     return parts[:place] + parts[place + 1 :]

@@ -59,7 +59,7 @@ class RandomMiner(_Miner):
     """Proposes passages drawn from the whole collection, seeded per query id; they have no score."""
 
     kind: Literal["random"]
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the draws."""
 
     @property

@@ -60,7 +60,7 @@ class Labels(_Section):
     selection: Literal["top", "random", "stratified"] = "top"
     """``top`` interleaves the miners by rank; ``random`` draws seeded per query id; ``stratified`` draws one negative from each of
     num_negatives equal bands of the candidates' gold_sim (arXiv 2604.04734)."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the draws."""
     selection_teacher: str | None = None
     """Teacher whose raw gold_sim ``stratified`` covers and ``promote_above`` compares. None takes the recipe's only teacher."""
@@ -198,7 +198,7 @@ class Training(_Section):
     """Growth of both regularizer weights from 0."""
     lambda_warmup_ratio: float = Field(default=1 / 3, gt=0, le=1)
     """Share of the steps after which the regularizer weights stand at their final value, or the budget's feedback at its target."""
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**32)
     """Seed of data order and dropout."""
     dev_steps: int | None = Field(default=None, ge=1)
     """Measure dev nDCG@10 every this many steps and keep the best student, of those within the budget if there is one. None
@@ -241,7 +241,7 @@ class Run(_Section):
     """Folder of the bank and of everything made."""
     device: str = Field(default="cpu", pattern=r"^(cpu|mps|cuda(:\d+)?)$")
     """torch device; ``cuda`` is used only when asked for, and refused where there is none."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=4096)
     """Compute threads; None leaves torch's own choice."""
     batch_tokens: int = Field(default=8192, ge=16)
     """Tokens per forward pass when encoding and scoring."""

@@ -43,7 +43,7 @@ class TrainTeacher(Section):
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradient clipping by global norm."""
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**32)
     """Seed of the head, the negatives, data order and dropout."""
     dev_steps: int = Field(default=100, ge=1)
     """Measure dev nDCG@10 of reranking, and save, every this many steps and after the last; the best checkpoint is the result. A

@@ -84,6 +84,10 @@ def test_an_id_that_would_break_a_column_is_refused_before_anything_is_written(t
         ("q Q0 b 2 nan x", "run:2: found score 'nan', expected a finite float32"),
         ("q Q0 b 2 1e39 x", "run:2: found score '1e39'"),
         ("q Q0 b 2 high x", "run:2: found score 'high'"),
+        ("q Q0 b 2 1_000 x", "run:2: found score '1_000'"),
+        ("q Q0 b 2 \u0661 x", "run:2: found score '\u0661'"),
+        ("q Q0 b 2 0x10 x", "run:2: found score '0x10'"),
+        ("q Q0 b 2 " + "9" * 5000 + " x", "run:2: found score '9999"),
     ],
 )
 def test_a_malformed_line_is_refused_by_number(tmp_path: Path, line: str, message: str) -> None:

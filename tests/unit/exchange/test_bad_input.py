@@ -294,6 +294,108 @@ CASES: dict[str, tuple[str, bytes, str]] = {
         ":1: found query '', expected a text; write the text, or remove the row",
     ),
     "no row": ("tevatron", b"\n", ": 0 rows, expected one JSON object per line; write the file again"),
+    "an empty run": ("trec-run", b"", ": 0 rows, expected at least one line of a run; write the file again"),
+    "empty triples": (
+        "msmarco-triples --to table --collection sample",
+        b"",
+        ": 0 rows, expected at least one triple; write the file again",
+    ),
+    "an empty dictionary file": ("score-dict", b"", ": broken pickle (UnpicklingError('no end within its 0 bytes'))"),
+    "a grouped score in a run": (
+        "trec-run",
+        b"q01 Q0 bread-1 1 1_000 t\n",
+        ":1: found score '1_000', expected a finite float32; correct the line",
+    ),
+    "digits of another script in a run": (
+        "trec-run",
+        "q01 Q0 bread-1 1 \u0661\u0662 t\n".encode(),
+        ":1: found score '\u0661\u0662', expected a finite float32; correct the line",
+    ),
+    "a path as id in a run": (
+        "trec-run",
+        b"../../x Q0 bread-1 1 1.5 t\n",
+        ":1: found query_id '../../x', expected an _id of the collection's queries.jsonl; they must agree character by character; ",
+    ),
+    "an option as id": (
+        "colbert",
+        lines(["-rf", ["bread-1", 1.0]]),
+        ":1: found query_id '-rf', expected an _id of the collection's queries.jsonl; they must agree character by character; ",
+    ),
+    "NUL in an id of a run": (
+        "trec-run",
+        b"q01\x00 Q0 bread-1 1 1.5 t\n",
+        ":1: found query_id 'q01\\x00', expected an _id of the collection's queries.jsonl; they must agree character by character",
+    ),
+    "an escape sequence as id": (
+        "msmarco-triples --to table --collection sample",
+        b"q01\tbread-1\t\x1b[31mred\n",
+        ":1: found passage_id '\\x1b[31mred', expected an _id of the collection's corpus.jsonl; they must agree character by",
+    ),
+    "an id of 300 characters": (
+        "margins --to table --collection sample",
+        lines({"query_id": "q" * 300, "positive_id": "bread-1", "negative_id": "bread-2", "score": 1.0}),
+        f":1: found query_id '{'q' * 56}..., expected an _id of the collection's queries.jsonl; they must agree character by ",
+    ),
+    "an integer of 5,000 digits as id in a dictionary": (
+        "score-dict",
+        pickle.dumps({1 << 16_610: {"bread-1": 1.0}}),
+        ": found query id an integer of 16,611 bits, expected a non-empty string or an integer; write the collection's own id",
+    ),
+    "an integer of 5,000 digits as score in a dictionary": (
+        "score-dict",
+        pickle.dumps({"q01": {"bread-1": 1 << 16_610}}),
+        ": query 'q01': found score an integer of 16,611 bits of passage 'bread-1', expected a finite float32; ",
+    ),
+    "a dictionary 100,000 deep": (
+        "score-dict",
+        b"\x80\x02" + b"}X\x01\x00\x00\x00a" * 100_000 + b"}" + b"s" * 100_000 + b".",
+        ": query 'a': found score {'a': {'a': {'a': {...}}}} of passage 'a', expected a finite float32; ",
+    ),
+    "a list 100,000 deep in a dictionary": (
+        "score-dict",
+        b"\x80\x02}X\x01\x00\x00\x00q" + b"]" * 100_000 + b"a" * 99_999 + b"s.",
+        ": query 'q': found list [[[[...]]]], expected {passage_id: score}; write plain dict, str, int and float, e.g. ",
+    ),
+    "a tuple 1,000,000 deep as id": (  # whose hash would overflow the C stack
+        "score-dict",
+        b"\x80\x02}]" + b"\x85" * 1_000_000 + b"K\x01s.",
+        ": found the opcode TUPLE1 at byte 4, expected plain dict, str, int and float, nothing that a pickle would import",
+    ),
+    "a memo slot beyond memory": (
+        "score-dict",
+        b"\x80\x02}r\x00\xe1\xf5\x05.",
+        ": broken pickle (UnpicklingError('memo slot 100000000 before byte 8')); copy the file again",
+    ),
+    "bytes that claim 8 GB": (
+        "score-dict",
+        b"\x80\x05\x96" + (1 << 33).to_bytes(8, "little") + b".",
+        ": found the opcode BYTEARRAY8 at byte 2, expected plain dict, str, int and float, nothing that a pickle would import",
+    ),
+    "a text that claims a terabyte": (
+        "score-dict",
+        b"\x80\x04\x8d" + (1 << 40).to_bytes(8, "little") + b".",
+        ": broken pickle (UnpicklingError('no end within its 12 bytes')); copy the file again",
+    ),
+    "a key twice": (
+        "tevatron",
+        lines('{"query": "q", "query": "r", "positive_passages": []}'),
+        ":1: found key 'query' twice in one object, expected each key once; keep the right one",
+    ),
+    "a lone surrogate": (
+        "flagembedding",
+        lines(r'{"query": "q\ud800", "pos": ["p"], "pos_scores": [1]}'),
+        ":1: found lone surrogate U+D800, expected whole characters; write both halves of the pair or remove the escape",
+    ),
+    "10,000 levels": (
+        "colbert",
+        b"[" * 10_000 + b"]" * 10_000,
+        ":1: found nesting deeper than 64, expected at most 64 levels; flatten the object",
+    ),
+    "UTF-16": (
+        "flagembedding",
+        json.dumps(FLAG).encode("utf-16"),
+        ":1: found byte 0xff at position 0 of the line (invalid start byte), expected UTF-8; convert the file, e.g. with iconv ",
+    ),
     "an array for an object": (
         "tevatron",
         b"[1]\n",
@@ -436,6 +538,72 @@ def test_text_that_is_not_utf8_in_an_arrow_file_is_refused(run: Run, tmp_path: P
 
     assert result.exit_code == 2
     assert "train.arrow: not a whole arrow file (In column 0: Invalid: Invalid UTF8 sequence" in result.stderr
+
+
+def write_arrow(path: Path, columns: list[Any], names: list[str]) -> Path:
+    batch = pa.record_batch(columns, names=names)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return path
+
+
+TEXTS = [pa.array(["q"]), pa.array(["p"])]
+
+
+@pytest.mark.parametrize(
+    ("columns", "names", "message"),
+    [
+        (
+            [*TEXTS, pa.array(["n"]), pa.array(["m"]), pa.array([[1.0, 2.0]])],
+            ["anchor", "positive", "negative", "negative", "scores"],
+            "found column 'negative' twice, expected each column once; rename one",
+        ),
+        (
+            [*TEXTS, pa.array([2**62], pa.timestamp("s"))],
+            ["anchor", "positive", "score"],
+            "not a whole arrow file (Python int too large to convert to C int); copy or write it again",
+        ),
+        (
+            [*TEXTS, pa.array([2**31 - 1], pa.int32()).view(pa.date32())],
+            ["anchor", "positive", "score"],
+            "not a whole arrow file (days=2147483647; must have magnitude <= 999999999); copy or write it again",
+        ),
+    ],
+    ids=["a column twice", "a time beyond Python's", "a date beyond Python's"],
+)
+def test_columns_that_cannot_be_read_as_they_are_refused(
+    columns: list[Any], names: list[str], message: str, run: Run, tmp_path: Path
+) -> None:
+    path = write_arrow(tmp_path / "train.arrow", columns, names)
+
+    result = run("import", "n-tuples", path, "--name", "them", "--cache", tmp_path / "cache")
+
+    assert (result.exit_code, result.stderr) == (2, f"sparsekd: {path}: {message}\n")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_name_of_a_column_that_is_not_utf8_is_refused(run: Run, tmp_path: Path) -> None:
+    path = write_arrow(tmp_path / "train.arrow", [*TEXTS, pa.array([1.0])], ["abcd", "positive", "score"])
+    path.write_bytes(path.read_bytes().replace(b"abcd", b"ab\xff\xfe"))
+
+    result = run("import", "n-tuples", path, "--name", "them", "--cache", tmp_path / "cache")
+
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"sparsekd: {path}: not a whole arrow file ('utf-8' codec can't decode byte 0xff in position 2")
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_plain_dictionary_of_any_protocol_is_read(protocol: int, tmp_path: Path) -> None:
+    long = "é" * 40
+    scores = {"q01": {"007": 1.5, long: -2, "p\n": 2.0**90}, 7: {str(number): number / 7 for number in range(2000)}}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(scores, protocol=protocol))
+
+    rows = list(read_score_dict(tmp_path / "a.pkl"))
+
+    assert [(row.query, dict(zip(row.passages, row.scores, strict=True))) for row in rows] == [
+        ("q01", scores["q01"]),
+        ("7", scores[7]),
+    ]
 
 
 @pytest.mark.parametrize(
