@@ -78,10 +78,10 @@ def encoder_rankings(
 ) -> dict[str, Ranking]:
     """Return the same from any Encoder."""
     query_ids = list(judgements(recipe, collection, split))
-    queries, shard_texts = [collection.queries[query_id] for query_id in query_ids], recipe.run.shard_pairs
+    queries = [collection.queries[query_id] for query_id in query_ids]
     ids, scores = dense_search(
-        banked_vectors(encoder, embeddings, queries, "query", shard_texts),
-        banked_vectors(encoder, embeddings, list(collection.passages.values()), "passage", shard_texts),
+        banked_vectors(encoder, embeddings, queries, "query", recipe.run),
+        banked_vectors(encoder, embeddings, list(collection.passages.values()), "passage", recipe.run),
         list(collection.passages),
         similarity=encoder.similarity,
         depth=DEPTH,
@@ -98,10 +98,10 @@ def sparse_teacher_rankings(
     Only passages that share an active dim with a query are ranked, as for the student.
     """
     query_ids = list(judgements(recipe, collection, split))  # before the weights are digested
-    encoder, bank, shard_texts = SparseTeacher(teacher, recipe.run), embeddings.sparse, recipe.run.shard_pairs
+    encoder, bank = SparseTeacher(teacher, recipe.run), embeddings.sparse
     queries = [collection.queries[query_id] for query_id in query_ids]
-    query_csr = banked_sparse_vectors(encoder, bank, queries, "query", shard_texts)
-    passage_csr = banked_sparse_vectors(encoder, bank, list(collection.passages.values()), "passage", shard_texts)
+    query_csr = banked_sparse_vectors(encoder, bank, queries, "query", recipe.run)
+    passage_csr = banked_sparse_vectors(encoder, bank, list(collection.passages.values()), "passage", recipe.run)
     return sparse_rankings(query_csr, passage_csr, query_ids, list(collection.passages)), sparsity(query_csr, passage_csr)
 
 

@@ -92,8 +92,7 @@ class MinerVectors:
         """Return float32 [n, D] in the order of ``texts``."""
         from sparsekd.teachers.embedding import banked_vectors
 
-        shard_texts = self._experiment.recipe.run.shard_pairs
-        return banked_vectors(self._encoder(spec), self._experiment.embedding_bank, texts, role, shard_texts)
+        return banked_vectors(self._encoder(spec), self._experiment.embedding_bank, texts, role, self._experiment.recipe.run)
 
     def sparse_vectors(
         self, spec: SparseMiner, texts: Sequence[str], role: Literal["query", "passage"]
@@ -102,8 +101,7 @@ class MinerVectors:
         from sparsekd.teachers.sparse import SparseTeacher, banked_sparse_vectors
 
         teacher = self._sparse.get(spec) or self._sparse.setdefault(spec, SparseTeacher(spec, self._experiment.recipe.run))
-        shard_texts = self._experiment.recipe.run.shard_pairs
-        return banked_sparse_vectors(teacher, self._experiment.embedding_bank.sparse, texts, role, shard_texts)
+        return banked_sparse_vectors(teacher, self._experiment.embedding_bank.sparse, texts, role, self._experiment.recipe.run)
 
 
 class TeacherVectors:
@@ -121,7 +119,7 @@ class TeacherVectors:
         """Return float32 CSR [n, V] in the order of ``text_ids``."""
         from sparsekd.teachers.sparse import banked_sparse_vectors
 
-        collection, shard_texts = self._experiment.collection, self._experiment.recipe.run.shard_pairs
+        collection, run = self._experiment.collection, self._experiment.recipe.run
         text_by_id = collection.queries if role == "query" else collection.passages
         texts = [text_by_id[text_id] for text_id in text_ids]
-        return banked_sparse_vectors(self._teacher, self._experiment.embedding_bank.sparse, texts, role, shard_texts)
+        return banked_sparse_vectors(self._teacher, self._experiment.embedding_bank.sparse, texts, role, run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sparsekd.recipe import ensembles, rules
 from sparsekd.recipe.mining import Mining
@@ -247,6 +247,9 @@ class Run(_Section):
     """Tokens per forward pass when encoding and scoring."""
     shard_pairs: int = Field(default=20_000, ge=1)
     """Pairs (or texts) scored between two commits to the bank: the most a crash can lose."""
+    shard: str = Field(default="0/1", pattern=r"^\d+/[1-9]\d*$")
+    """``i/N``, what ``--shard`` sets: which of N processes this is that run one recipe over one cache. It decides with which shards
+    a process begins; all of them go on until everything is banked, so one alone finishes too."""
     shard_passages: int = Field(default=20_000, ge=1)
     """Passages whose vectors a miner searches at once, so that no collection is larger than memory: 8 bytes a dim with FAISS's own
     copy, 61 MB at width 384."""
@@ -260,6 +263,20 @@ class Run(_Section):
     """Write the training log for TensorBoard beside the checkpoints; needs the package ``tensorboard``."""
     log_level: Literal["DEBUG", "INFO", "WARNING"] = "INFO"
     """Verbosity on stderr."""
+
+    @field_validator("shard")
+    @classmethod
+    def _is_one_of_them(cls, shard: str) -> str:
+        index, of = map(int, shard.split("/"))
+        if index >= of:
+            raise ValueError(f"{shard!r}: expected i/N with i from 0 to N - 1")
+        return shard
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """``shard`` as numbers: i, N."""
+        index, of = map(int, self.shard.split("/"))
+        return index, of
 
 
 class Recipe(_Section):

@@ -2,15 +2,16 @@
 
 Pairs are taken over all queries at once, made unique by content, and sorted longest first with ties by content, so that batches
 hold texts of near-equal length and a run resumed after a crash forms the batches the uninterrupted one would have formed. The
-teacher's model is loaded only if a pair is missing. A crash loses at most one shard of ``run.shard_pairs`` pairs, and memory holds
-the tokens of two: beside the texts and the banks, a pair takes some 60 bytes until all are scored.
+teacher's model is loaded only if a pair is missing, and processes that score the same pairs share the shards. A crash loses at most
+one shard of ``run.shard_pairs`` pairs, and memory holds the tokens of two: beside the texts and the banks, a pair takes some 70
+bytes until all are scored.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from sparsekd.bank.embeddings import EmbeddingBank
 from sparsekd.bank.scores import TeacherScores
+from sparsekd.bank.sharing import Part, Positions, SharedShards
 from sparsekd.bank.sparse import SparseBank
 from sparsekd.bank.text_key import text_keys
 from sparsekd.recipe import Run, Teacher
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-Positions = NDArray[np.int64]
 GoldSim = NDArray[np.float32]
 
 
@@ -56,6 +57,7 @@ class ScoringCounts:
 
     pairs: int
     pairs_scored: int
+    """Not banked when this process first asked; scored since, by it or by processes that share the work."""
     pairs_reused: int
     num_truncated: int
     """Pairs (cross-encoder) or texts (dense) cut to the length limit, among those computed now."""
@@ -91,10 +93,9 @@ def bank_scorer(
     """
     pairs = _look_up(scores, texts)
     if by_query:
-        pairs = replace(pairs, missing=np.sort(pairs.missing))  # pairs are in order of query keys
+        pairs = replace(pairs, order=np.arange(len(pairs.order)))  # pairs are in order of query keys
     if by_passage:
-        keys_M2 = pairs.passage_keys[pairs.missing]
-        pairs = replace(pairs, missing=pairs.missing[np.lexsort((keys_M2[:, 1], keys_M2[:, 0]))])
+        pairs = replace(pairs, order=np.lexsort((pairs.passage_keys[:, 1], pairs.passage_keys[:, 0])))
 
     if isinstance(scorer, BatchedScorer):
         _commit_shards(pairs, lambda shards, bar: _score_ahead(scorer, pairs, shards, bar), name, run, scores)
@@ -110,7 +111,7 @@ def bank_similarities(
     """Fill ``scores`` from an Encoder: each text of an unknown pair is encoded once, through ``embeddings``."""
 
     def vectors(side: Sequence[str], role: Role) -> NDArray[np.float32]:
-        return banked_vectors(encoder, embeddings, side, role, run.shard_pairs)
+        return banked_vectors(encoder, embeddings, side, role, run)
 
     pairs = _bank_vector_scores(vectors, encoder.score_vectors, name, run, scores, texts)
     return _counts(pairs, encoder.num_truncated)
@@ -122,7 +123,7 @@ def bank_dot_products(
     """Fill ``scores`` from a sparse teacher: each text of an unknown pair is encoded once, through ``bank``."""
 
     def vectors(side: Sequence[str], role: Role) -> scipy.sparse.csr_matrix:
-        return banked_sparse_vectors(teacher, bank, side, role, run.shard_pairs)
+        return banked_sparse_vectors(teacher, bank, side, role, run)
 
     pairs = _bank_vector_scores(vectors, pairwise_dot, name, run, scores, texts)
     return _counts(pairs, teacher.num_truncated)
@@ -138,7 +139,7 @@ def _bank_vector_scores(
 ) -> _Pairs:
     """Fill ``scores`` with the similarity of the rows that ``vectors`` gives for the texts of unknown pairs, each text once."""
     pairs = _look_up(scores, texts)
-    if len(pairs.missing):
+    if pairs.missing.any():
         query_vectors, query_row = _vectors_of(vectors, texts.queries, pairs.queries[pairs.missing], "query")
         passage_vectors, passage_row = _vectors_of(vectors, texts.passages, pairs.passages[pairs.missing], "passage")
 
@@ -162,11 +163,17 @@ class _Pairs:
     passage_keys: NDArray[np.uint64]
     gold_sim: GoldSim
     """NaN where unknown; filled while scoring."""
-    missing: Positions
-    """Positions of the unknown pairs, in scoring order."""
+    missing: NDArray[np.bool_]
+    """Which the bank did not know."""
+    order: Positions
+    """All pairs in scoring order; those that are known are passed over."""
 
     def texts_of(self, position: int) -> tuple[str, str]:
         return self.texts.queries[self.queries[position]], self.texts.passages[self.passages[position]]
+
+    def describe(self, position: int) -> str:
+        query, passage = self.texts_of(position)
+        return f"query {query[:80]!r}, passage {passage[:80]!r}"
 
 
 def _look_up(scores: TeacherScores, texts: PairTexts) -> _Pairs:
@@ -177,11 +184,10 @@ def _look_up(scores: TeacherScores, texts: PairTexts) -> _Pairs:
     query_of, passage_of = np.divmod(np.unique(query_rank[texts.query_index] * width + passage_rank[texts.passage_index]), width)
     queries, passages = query_first[query_of], passage_first[passage_of]
     gold_sim = scores.lookup(query_keys[query_of], passage_keys[passage_of])
-    missing = np.flatnonzero(np.isnan(gold_sim))
     # Characters stand for tokens here; the teacher sorts each block by tokens. A stable sort leaves ties in order of keys.
-    length = _characters(texts.queries)[queries[missing]] + _characters(texts.passages)[passages[missing]]
-    missing = missing[np.argsort(-length, kind="stable")]
-    return _Pairs(texts, queries, passages, query_keys[query_of], passage_keys[passage_of], gold_sim, missing)
+    length = _characters(texts.queries)[queries] + _characters(texts.passages)[passages]
+    order = np.argsort(-length, kind="stable")
+    return _Pairs(texts, queries, passages, query_keys[query_of], passage_keys[passage_of], gold_sim, np.isnan(gold_sim), order)
 
 
 def _characters(texts: Sequence[str]) -> Positions:
@@ -198,13 +204,13 @@ def _vectors_of(
     return vectors([texts[place] for place in used], role), row_by_place
 
 
-ScoreShards = Callable[[list[Positions], Progress], Iterator[GoldSim]]
+ScoreShards = Callable[[Iterable[Positions], Progress], Iterator[GoldSim]]
 
 
 def _by_block(score: Callable[[Positions], GoldSim]) -> ScoreShards:
     """Score each shard by BLOCKs of pairs."""
 
-    def score_shards(shards: list[Positions], bar: Progress) -> Iterator[GoldSim]:
+    def score_shards(shards: Iterable[Positions], bar: Progress) -> Iterator[GoldSim]:
         for shard in shards:
             gold_sim = np.empty(len(shard), dtype=np.float32)
             for begin in range(0, len(shard), BLOCK):
@@ -216,7 +222,7 @@ def _by_block(score: Callable[[Positions], GoldSim]) -> ScoreShards:
     return score_shards
 
 
-def _score_ahead(scorer: BatchedScorer, pairs: _Pairs, shards: list[Positions], bar: Progress) -> Iterator[GoldSim]:
+def _score_ahead(scorer: BatchedScorer, pairs: _Pairs, shards: Iterable[Positions], bar: Progress) -> Iterator[GoldSim]:
     """Score each shard while the tokens of the next are made."""
 
     def tokenize(shard: Positions) -> Any:
@@ -227,29 +233,55 @@ def _score_ahead(scorer: BatchedScorer, pairs: _Pairs, shards: list[Positions], 
 
 
 def _commit_shards(pairs: _Pairs, score: ScoreShards, name: str, run: Run, scores: TeacherScores) -> None:
-    """Score the missing pairs, append them shard by shard, and log counts, rate and range."""
-    total, todo = len(pairs.gold_sim), len(pairs.missing)
-    shards = [pairs.missing[start : start + run.shard_pairs] for start in range(0, todo, run.shard_pairs)]
-    started = time.monotonic()
-    with progress(f"{name}, {(total - todo) / max(1, total):.0%} of {total} reused", total=todo, unit="pairs") as bar:
-        for shard, gold_sim in zip(shards, score(shards, bar), strict=True):
-            pairs.gold_sim[shard] = gold_sim
-            _append(pairs, shard, scores)
-    rate = todo / max(time.monotonic() - started, 1e-9)
-    _log.info("teacher %s: %d pairs, scored %d, reused %d, %.1f pairs/s", name, total, todo, total - todo, rate)
+    """Score the missing pairs, shared with whoever scores the same, append them shard by shard, and log counts, rate and range."""
+    total, todo = len(pairs.gold_sim), int(pairs.missing.sum())
+    started, num_scored = time.monotonic(), 0
+    with (
+        progress(f"{name}, {(total - todo) / max(1, total):.0%} of {total} reused", total=todo, unit="pairs") as bar,
+        _shared(pairs, run, scores) as shards,
+    ):
+        while shards.unfinished:
+            for gold_sim in score(shards.free(), bar):
+                shard = shards.oldest
+                pairs.gold_sim[shard] = gold_sim
+                _append(pairs, shard, scores)
+                shards.committed()
+                num_scored += len(shard)
+        shards.refuse_quarantined(f"teacher {name}", np.flatnonzero(pairs.missing))
+    if num_scored < todo:  # others have scored the rest
+        elsewhere = np.flatnonzero(np.isnan(pairs.gold_sim))
+        pairs.gold_sim[elsewhere] = scores.lookup(pairs.query_keys[elsewhere], pairs.passage_keys[elsewhere])
+        _log.info("teacher %s: %d pairs were scored by other processes", name, todo - num_scored)
+    rate = num_scored / max(time.monotonic() - started, 1e-9)
+    _log.info("teacher %s: %d pairs, scored %d, reused %d, %.1f pairs/s", name, total, num_scored, total - todo, rate)
     if total:
         low, mean, high = pairs.gold_sim.min(), pairs.gold_sim.mean(dtype=np.float64), pairs.gold_sim.max()
         _log.info("teacher %s: gold_sim min %.4f, mean %.4f, max %.4f", name, low, mean, high)
 
 
+def _shared(pairs: _Pairs, run: Run, scores: TeacherScores) -> SharedShards:
+    def known(positions: Positions) -> NDArray[np.bool_]:
+        return ~np.isnan(scores.lookup(pairs.query_keys[positions], pairs.passage_keys[positions]))
+
+    return SharedShards(
+        scores.folder,
+        np.concatenate([pairs.query_keys, pairs.passage_keys], axis=1),
+        pairs.order,
+        pairs.missing,
+        known,
+        size=run.shard_pairs,
+        part=Part(*run.part),
+        describe=pairs.describe,
+    )
+
+
 def _append(pairs: _Pairs, shard: Positions, scores: TeacherScores) -> None:
     def describe(row: int) -> str:
-        query, passage = pairs.texts_of(int(shard[row]))
-        return f"query {query[:80]!r}, passage {passage[:80]!r}"
+        return pairs.describe(int(shard[row]))
 
     scores.append(pairs.query_keys[shard], pairs.passage_keys[shard], pairs.gold_sim[shard], describe=describe)
 
 
 def _counts(pairs: _Pairs, num_truncated: int) -> ScoringCounts:
-    total, scored = len(pairs.gold_sim), len(pairs.missing)
+    total, scored = len(pairs.gold_sim), int(pairs.missing.sum())
     return ScoringCounts(pairs=total, pairs_scored=scored, pairs_reused=total - scored, num_truncated=num_truncated)

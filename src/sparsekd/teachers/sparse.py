@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsekd.bank.sharing import Positions
 from sparsekd.bank.sparse import SparseBank
 from sparsekd.bank.text_key import text_keys
 from sparsekd.model_reference import resolve
 from sparsekd.recipe import EncoderSpec, Run
 from sparsekd.teachers.batching import BLOCK, length_batches
+from sparsekd.teachers.embedding import bank_texts
 from sparsekd.teachers.identity import sparse_identity
 from sparsekd.teachers.keys import unique_keys
 from sparsekd.teachers.loading import length_limit, model_arguments
-from sparsekd.teachers.progress import progress
 from sparsekd.teachers.protocols import Role
 
 if TYPE_CHECKING:
@@ -138,12 +139,13 @@ class SparseTeacher:
 
 
 def banked_sparse_vectors(
-    teacher: SparseTeacher, bank: SparseBank, texts: Sequence[str], role: Role, shard_texts: int
+    teacher: SparseTeacher, bank: SparseBank, texts: Sequence[str], role: Role, run: Run
 ) -> scipy.sparse.csr_matrix:
-    """Return float32 CSR [n, V] in input order, encoding only texts that are not banked and committing every ``shard_texts``.
+    """Return float32 CSR [n, V] in input order, encoding only texts that are not banked and committing every ``run.shard_pairs``.
 
     The bank's key of a text is that of what the model reads, prompt + text; roles are banked apart, since a router sends them
-    through different modules. Loads the model only if a text is missing.
+    through different modules. Loads the model only if a text is missing, and no process that asks for the same texts meanwhile
+    encodes them too.
     """
     import scipy.sparse
 
@@ -152,29 +154,17 @@ def banked_sparse_vectors(
     prompt = teacher.identity[f"{role}_prompt"]
     banked = bank.open({**teacher.identity, "role": role}, reference=teacher.reference)
     keys, first, inverse = unique_keys(text_keys(prompt + text for text in texts))
-    found = banked.known(keys)
-    missing = np.flatnonzero(~found)
-    # Longest first; ties by key (unique_keys sorts), so what is left after a crash splits into the same shards and batches.
-    lengths = np.array([len(texts[first[position]]) for position in missing], dtype=np.int64)
-    missing = missing[np.argsort(-lengths, kind="stable")]
-    with progress(f"encode {role} texts ({found.mean():.0%} reused)", total=len(missing), unit="texts") as bar:
-        for start in range(0, len(missing), shard_texts):
-            shard = missing[start : start + shard_texts]
-            blocks = []
-            for begin in range(0, len(shard), BLOCK):
-                block = shard[begin : begin + BLOCK]
-                blocks.append(teacher.encode([texts[first[position]] for position in block], role=role))
-                bar.update(len(block))
-            banked.append(keys[shard], scipy.sparse.vstack(blocks, format="csr"))
-    _log.info(
-        "%s texts: %d, unique %d, encoded %d, reused %d, cut to the limit so far %d",
-        role,
-        len(texts),
-        len(keys),
-        len(missing),
-        len(keys) - len(missing),
-        teacher.num_truncated,
-    )
+    unique = [texts[position] for position in first.tolist()]
+
+    def encode(shard: Positions, done: Callable[[int], object]) -> None:
+        blocks = []
+        for begin in range(0, len(shard), BLOCK):
+            block = shard[begin : begin + BLOCK]
+            blocks.append(teacher.encode([unique[position] for position in block.tolist()], role=role))
+            done(len(block))
+        banked.append(keys[shard], scipy.sparse.vstack(blocks, format="csr"))
+
+    bank_texts(banked, keys, unique, encode, teacher, role, run)
     return banked.lookup(keys)[1][inverse]
 
 

@@ -119,7 +119,8 @@ def test_no_texts_give_no_rows_of_the_right_width(tiny_splade_folder: Path, tmp_
     teacher = SparseTeacher(sparse(tiny_splade_folder), Run())
 
     assert teacher.encode([], role="query").shape == (0, teacher.dimension)
-    assert banked_sparse_vectors(teacher, EmbeddingBank(tmp_path).sparse, [], "query", 9).shape == (0, teacher.dimension)
+    none = banked_sparse_vectors(teacher, EmbeddingBank(tmp_path).sparse, [], "query", Run())
+    assert none.shape == (0, teacher.dimension)
 
 
 def test_more_positions_than_the_model_has_are_refused(folder: Path) -> None:
@@ -149,15 +150,15 @@ def test_scores_are_the_librarys_dot_products_and_a_second_time_from_the_bank(
 
 def test_a_text_is_encoded_once_whoever_asks(tiny_splade_folder: Path, tmp_path: Path, draw_texts: Draw) -> None:
     texts, bank = draw_texts(12), EmbeddingBank(tmp_path).sparse
-    first = banked_sparse_vectors(SparseTeacher(sparse(tiny_splade_folder), Run()), bank, texts, "passage", 5)
+    first = banked_sparse_vectors(SparseTeacher(sparse(tiny_splade_folder), Run()), bank, texts, "passage", Run(shard_pairs=5))
 
     # The device does not exist, so encoding anything would be refused.
     unable = SparseTeacher(sparse(tiny_splade_folder), Run(device="cuda:99"))
-    again = banked_sparse_vectors(unable, bank, [*texts[3:], texts[0], texts[0]], "passage", 5)
+    again = banked_sparse_vectors(unable, bank, [*texts[3:], texts[0], texts[0]], "passage", Run(shard_pairs=5))
 
     np.testing.assert_array_equal(again.toarray(), first.toarray()[[*range(3, 12), 0, 0]])
     with pytest.raises(ValueError, match="cuda"):
-        banked_sparse_vectors(unable, bank, texts[:1], "query", 5)
+        banked_sparse_vectors(unable, bank, texts[:1], "query", Run(shard_pairs=5))
 
 
 def test_a_killed_run_resumes_to_equal_bytes(
@@ -166,7 +167,7 @@ def test_a_killed_run_resumes_to_equal_bytes(
     from sparsekd.bank.sparse import SparseVectors
 
     texts, teacher = draw_texts(30, seed=3), SparseTeacher(sparse(tiny_splade_folder), Run(batch_tokens=300))
-    whole = banked_sparse_vectors(teacher, EmbeddingBank(tmp_path / "whole").sparse, texts, "passage", 8)
+    whole = banked_sparse_vectors(teacher, EmbeddingBank(tmp_path / "whole").sparse, texts, "passage", Run(shard_pairs=8))
     append, appended = SparseVectors.append, []
 
     def append_twice(self: SparseVectors, *arguments: Any) -> None:
@@ -178,10 +179,10 @@ def test_a_killed_run_resumes_to_equal_bytes(
     monkeypatch.setattr(SparseVectors, "append", append_twice)
     killed = EmbeddingBank(tmp_path / "killed").sparse
     with pytest.raises(KeyboardInterrupt):
-        banked_sparse_vectors(teacher, killed, texts, "passage", 8)
+        banked_sparse_vectors(teacher, killed, texts, "passage", Run(shard_pairs=8))
     monkeypatch.undo()
 
-    resumed = banked_sparse_vectors(teacher, killed, texts, "passage", 8)
+    resumed = banked_sparse_vectors(teacher, killed, texts, "passage", Run(shard_pairs=8))
 
     assert (resumed != whole).nnz == 0
 

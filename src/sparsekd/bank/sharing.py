@@ -1,0 +1,307 @@
+"""Shards of work that any number of processes share: each takes what nobody holds, until everything is banked.
+
+Processes that run one recipe over one cache, on one machine or on several with a shared file system, find the same items in the
+same order, so they agree on the shards without talking. A shard is claimed by a lock on a file named by its content; the kernel
+drops the lock when its holder dies, and another process takes the shard over. A claim saves time and decides nothing: where locks
+do not reach, a shard is computed twice, and the bank keeps the first of two equal answers.
+
+A shard that keeps killing who computes it is halved until one item is left, which is put in quarantine: named, and not tried
+again. Everything else is computed. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from sparsekd.artifact import write_json_atomically
+
+Positions = npt.NDArray[np.int64]
+
+CLAIMS = "claims"
+QUARANTINE = "quarantine"
+DEATHS = 3
+"""Times that a shard, or an item alone, may take its process with it before it is halved, or put in quarantine: once or twice
+may be a reboot, or a scheduler in need of memory."""
+_POLL_SECONDS = 0.05  # first wait for other processes' shards; doubles up to the next
+_LONGEST_POLL_SECONDS = 2.0
+
+_log = logging.getLogger(__name__)
+
+
+class QuarantineError(RuntimeError):
+    """Items that take their process with them; all others are computed and banked."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which of several processes that share work this is. It decides where one begins, never what it does."""
+
+    index: int = 0
+    of: int = 1
+
+
+class SharedShards:
+    """Items in shards, as one process sees them; a context manager that gives up its claims at the end."""
+
+    def __init__(
+        self,
+        folder: Path,
+        keys: npt.NDArray[np.uint64],
+        order: Positions,
+        missing: npt.NDArray[np.bool_],
+        known: Callable[[Positions], npt.NDArray[np.bool_]],
+        *,
+        size: int,
+        part: Part,
+        describe: Callable[[int], str],
+    ) -> None:
+        """Split the items into shards of ``size`` in ``order``, whatever is known of them, so that all processes agree.
+
+        ``keys`` uint64 [n, w] are the items' contents; ``missing`` bool [n] says what was not banked at first sight; ``known``
+        asks the bank again, bool for each position; ``describe`` names an item for people. ``folder`` is where the bank keeps
+        the answers, ``<root>/<kind>/<key>``; claims are in ``<root>/claims/<kind>/<key>``.
+        """
+        self._folder = folder.parent.parent / CLAIMS / folder.parent.name / folder.name
+        self._keys = keys
+        self._known = known
+        self._describe = describe
+        shards = [order[start : start + size] for start in range(0, len(order), size)]
+        first = part.index * len(shards) // part.of
+        self._waiting = [shard for shard in [*shards[first:], *shards[:first]] if missing[shard].any()]
+        self._taken: deque[tuple[Positions, _Claim, Positions]] = deque()
+        self._poll_seconds = _POLL_SECONDS
+
+    def __enter__(self) -> SharedShards:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for _, claim, _ in self._taken:
+            claim.leave()
+        self._taken.clear()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether some item is neither banked nor in quarantine, as far as this process knows; waits a moment if all such are
+        being computed by others."""
+        if self._waiting and not self._taken and not any(self._is_free(shard) for shard in self._waiting):
+            if self._poll_seconds == _POLL_SECONDS:
+                _log.info("%d shards are being computed by other processes; waiting", len(self._waiting))
+            time.sleep(self._poll_seconds)
+            self._poll_seconds = min(2 * self._poll_seconds, _LONGEST_POLL_SECONDS)
+        return bool(self._waiting)
+
+    def free(self) -> Iterator[Positions]:
+        """Yield the missing items of one shard after another that nobody else holds; each must be banked, then ``committed``.
+
+        Ends when none is left now. A shard that ended its processes comes alone and in pieces, after the others.
+        """
+        suspected = []
+        for shard in list(self._waiting):
+            claim = _Claim.take(self._path(shard), len(shard))
+            if claim is None:
+                continue
+            missing = self._missing(shard)
+            if not len(missing):
+                self._finish(shard, claim)
+            elif claim.suspects is None:
+                self._begin(shard, claim, missing)
+                yield missing
+            else:
+                claim.leave()
+                suspected.append(shard)
+        if suspected and not self._taken:
+            yield from self._piece(suspected[0])
+
+    @property
+    def oldest(self) -> Positions:
+        """The items that were yielded first of those not yet committed."""
+        return self._taken[0][2]
+
+    def committed(self) -> None:
+        """Say that the oldest items yielded are banked."""
+        shard, claim, _ = self._taken.popleft()
+        self._poll_seconds = _POLL_SECONDS
+        if claim.suspects is None:
+            self._finish(shard, claim)
+        else:
+            claim.survived()
+
+    def quarantined(self, positions: Positions) -> Positions:
+        """Return those of the items that are in quarantine."""
+        folder = self._folder / QUARANTINE
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        return np.array([position for position in positions.tolist() if names and self._name(position) in names], dtype=np.int64)
+
+    def refuse_quarantined(self, what: str, positions: Positions) -> None:
+        """Raise QuarantineError, naming how many and the first, if any of these items is in quarantine."""
+        found = self.quarantined(positions)
+        if not len(found):
+            return
+        first = int(found[0])
+        raise QuarantineError(
+            f"{what}: {len(found):,} of {len(self._keys):,} are in quarantine, each of which ended {DEATHS} processes that "
+            f"computed it alone (first: {self._describe(first)}); all others are banked. Mend or leave out these texts; or give "
+            f"the processes more memory and remove {self._folder / QUARANTINE / self._name(first)} to try again"
+        )
+
+    def _piece(self, shard: Positions) -> Iterator[Positions]:
+        """Yield the piece of a suspected shard that is to be tried next, unless it is settled already."""
+        claim = _Claim.take(self._path(shard), len(shard))
+        if claim is None:
+            return
+        begin, end = claim.piece
+        if end - begin == 1 and claim.deaths >= DEATHS:
+            self._quarantine(int(shard[begin]))
+            claim.survived()
+            return
+        missing = self._missing(shard[begin:end])
+        if not len(missing):
+            claim.survived()
+            return
+        self._begin(shard, claim, missing)
+        yield missing
+
+    def _begin(self, shard: Positions, claim: _Claim, missing: Positions) -> None:
+        claim.begin()
+        self._taken.append((shard, claim, missing))
+
+    def _quarantine(self, position: int) -> None:
+        item = self._describe(position)
+        write_json_atomically(self._folder / QUARANTINE / self._name(position), {"item": item, "deaths": DEATHS})
+        _log.error("in quarantine after %d processes that it ended: %s", DEATHS, item)
+
+    def _finish(self, shard: Positions, claim: _Claim) -> None:
+        claim.finish()
+        self._waiting = [each for each in self._waiting if each is not shard]
+
+    def _missing(self, shard: Positions) -> Positions:
+        missing = shard[~self._known(shard)]
+        return missing[~np.isin(missing, self.quarantined(missing))]
+
+    def _is_free(self, shard: Positions) -> bool:
+        claim = _Claim.take(self._path(shard), len(shard))
+        if claim is not None:
+            claim.leave()
+        return claim is not None
+
+    def _path(self, shard: Positions) -> Path:
+        return self._folder / xxhash.xxh3_128_hexdigest(np.ascontiguousarray(self._keys[shard]).tobytes())
+
+    def _name(self, position: int) -> str:
+        return "".join(f"{word:016x}" for word in self._keys[position].tolist())
+
+
+class _Claim:
+    """A locked file that tells whoever takes a shard next how the last one fared with it.
+
+    Absent or empty while nobody has been at the shard. Else JSON: ``running``, whether its last holder was computing when it was
+    written, and so died if the lock is free; ``suspects``, the range of the shard's items that ended a process, null while none has
+    by itself; ``deaths``, how many processes the piece to be tried next has ended.
+    """
+
+    def __init__(self, path: Path, descriptor: int, num_items: int) -> None:
+        self._path = path
+        self._descriptor = descriptor
+        self.suspects: tuple[int, int] | None = None
+        self.deaths = 0
+        told = _decoded(os.read(descriptor, 1 << 12))
+        if told is not None:
+            self.suspects, self.deaths = told.suspects, told.deaths
+            if told.running:
+                self._count_death(num_items)
+
+    @classmethod
+    def take(cls, path: Path, num_items: int) -> _Claim | None:
+        """Return the claim of a shard, None if another process holds it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+                    return cls(path, descriptor, num_items)
+            except BlockingIOError:
+                os.close(descriptor)
+                return None
+            except FileNotFoundError:
+                pass
+            os.close(descriptor)  # who finished the shard removed the file between our opening and locking it
+
+    @property
+    def piece(self) -> tuple[int, int]:
+        """The range to be tried next: the first half of the suspects, the one that is left."""
+        assert self.suspects is not None
+        begin, end = self.suspects
+        return begin, begin + max(1, (end - begin) // 2)
+
+    def begin(self) -> None:
+        """Note that the piece, or the whole shard, is being computed."""
+        self._write(running=True)
+
+    def survived(self) -> None:
+        """Take the piece out of the suspects, and let the shard go: it is not finished."""
+        _, end = self.suspects or (0, 0)
+        _, tried = self.piece
+        self.suspects, self.deaths = ((tried, end) if tried < end else None), 0
+        self.leave()
+
+    def leave(self) -> None:
+        """Let the shard go, nobody being at it."""
+        self._write(running=False)
+        self._unlock()
+
+    def finish(self) -> None:
+        """Let the shard go for good."""
+        self._path.unlink(missing_ok=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # not by closing alone: a forked child may share the descriptor
+        os.close(self._descriptor)
+
+    def _count_death(self, num_items: int) -> None:
+        self.deaths += 1
+        if self.suspects is None:
+            if self.deaths >= DEATHS:
+                self.suspects, self.deaths = (0, num_items), (self.deaths if num_items == 1 else 0)
+        elif self.suspects[1] - self.suspects[0] > 1:
+            self.suspects = self.piece
+            self.deaths = 1 if self.suspects[1] - self.suspects[0] == 1 else 0
+
+    def _write(self, *, running: bool) -> None:
+        """Put the state in the file; not atomically, as a state that is lost costs another attempt and nothing else."""
+        content = b""
+        if running or self.suspects is not None or self.deaths:
+            content = json.dumps({"suspects": self.suspects, "deaths": self.deaths, "running": running}).encode("ascii")
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, content, 0)
+
+
+@dataclass(frozen=True)
+class _Told:
+    suspects: tuple[int, int] | None
+    deaths: int
+    running: bool
+
+
+def _decoded(content: bytes) -> _Told | None:
+    """Return what a claim's file says; None if it is empty or no such file, which is as good as none."""
+    try:
+        told = json.loads(content)
+        suspects = told["suspects"]
+        return _Told(None if suspects is None else (int(suspects[0]), int(suspects[1])), int(told["deaths"]), bool(told["running"]))
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
