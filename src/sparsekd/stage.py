@@ -1,8 +1,8 @@
 """The frame around every stage script: arguments, logging, errors, exit codes.
 
 A stage takes one recipe, logs to stderr, and prints the folder it made or found as the last line of stdout. Exit 0 done or hit,
-1 failed, 2 bad input, 128 + the signal's number where a signal ended the training after a whole step. Of several processes that a
-launcher started, the first speaks; the others say warnings and errors only.
+1 failed, 2 bad input, 3 done but for what is in quarantine, 128 + the signal's number where a signal ended the training after a
+whole step. Of several processes that a launcher started, the first speaks; the others say warnings and errors only.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sparsekd.artifact import IntegrityError
+from sparsekd.bank.sharing import QuarantineError
 from sparsekd.plan import Plan
 from sparsekd.provenance import command, heard_warnings
 from sparsekd.recipe import load_recipe
@@ -42,6 +43,8 @@ def run_stage(
     ``kinds`` are the artifacts a dry run reports, in the order of work, in the words of ``describe`` if the stage has its own.
     """
     options = _parser(description).parse_args(arguments)
+    if options.shard is not None:
+        options.set.append(f"run.shard={options.shard}")
     try:
         recipe = load_recipe(Path(options.recipe), options.set)
         _prepare(recipe.run.log_level, recipe.run.threads)
@@ -50,6 +53,9 @@ def run_stage(
             sys.stdout.write((describe or _describe)(plan, kinds) + "\n")
             return 0
         folder = stage(plan)
+    except QuarantineError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 3
     except (IntegrityError, FailedMembersError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
@@ -107,6 +113,12 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("recipe", help="TOML file, e.g. pipeline/recipes/quickstart.toml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one recipe key")
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="this is process I, from 0, of N that run this recipe over one cache: where it begins; each goes on until everything "
+        "is there, so any of them may die",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print keys, hits and costs; make nothing")
     return parser
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,20 +33,26 @@ def candidates(experiment: Experiment) -> Candidates:
     if hit is not None:
         logger.info("candidates %s: hit", hit.key)
         return Candidates.open(hit.folder)
-    from sparsekd.mining.miners import mine_candidates
+    from sparsekd.mining.miners import bank_miner_vectors, mine_candidates
 
     if plan.previous is not None:
         number = experiment.recipe.mining.rounds
         logger.info("candidates of round %d are mined with the student of round %d", number, number - 1)
         student(Experiment(plan.previous))
-    return mine_candidates(
-        plan.mined_recipe,
-        experiment.collection,
-        cache=plan.cache,
-        fields=fields,
-        source=MinerVectors(experiment),
-        extra=experiment.provenance(),
-    )
+    source = MinerVectors(experiment)
+    if experiment.recipe.run.part[1] > 1:
+        bank_miner_vectors(plan.mined_recipe, experiment.collection, source)  # shared; what follows is one process's
+    with _one_process(plan.folder("candidates", fields)):
+        if (hit := plan.hit("candidates", fields)) is not None:
+            return Candidates.open(hit.folder)
+        return mine_candidates(
+            plan.mined_recipe,
+            experiment.collection,
+            cache=plan.cache,
+            fields=fields,
+            source=source,
+            extra=experiment.provenance(),
+        )
 
 
 def score_table(experiment: Experiment) -> ScoreTable:
@@ -61,19 +68,28 @@ def score_table(experiment: Experiment) -> ScoreTable:
     scored, gates = score_pairs(experiment, mined, teachers)
     counts = {**scored, "mining": mined.counts}
     banked = experiment.banked(*teachers)
-    rows = choose_rows(experiment.recipe, mined, banked)
-    table = build_table(
-        experiment.recipe,
-        rows,
-        cache=plan.cache,
-        fields=plan.table_fields,
-        gold_sim=banked,
-        vectors=TeacherVectors(experiment) if experiment.recipe.labels.kind == "embedding" else None,
-        counts=counts,
-        extra={**experiment.provenance(), "wall_seconds": time.monotonic() - started, **({"gate": gates} if gates else {})},
-    )
+    with _one_process(plan.folder("tables", plan.table_fields)):
+        if (hit := plan.hit("tables", plan.table_fields)) is not None:
+            return _examined(experiment, ScoreTable.open(hit.folder))
+        rows = choose_rows(experiment.recipe, mined, banked)
+        table = build_table(
+            experiment.recipe,
+            rows,
+            cache=plan.cache,
+            fields=plan.table_fields,
+            gold_sim=banked,
+            vectors=TeacherVectors(experiment) if experiment.recipe.labels.kind == "embedding" else None,
+            counts=counts,
+            extra={**experiment.provenance(), "wall_seconds": time.monotonic() - started, **({"gate": gates} if gates else {})},
+        )
     logger.info("pairs: %d, %d scored, %d reused", counts["pairs"], counts["pairs_scored"], counts["pairs_reused"])
     return _examined(experiment, table)
+
+
+def _one_process(folder: Path) -> AbstractContextManager[bool]:
+    """Let one process at a time make the artifact of a folder; another waits, and finds it made."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return locked(folder.with_name(f".{folder.name}.lock"))
 
 
 def _examined(experiment: Experiment, table: ScoreTable) -> ScoreTable:
@@ -97,8 +113,7 @@ def student(experiment: Experiment) -> Artifact:
 
             _check_vocabulary(experiment, check_student(experiment.recipe))  # refused before a teacher is paid
         table = score_table(experiment)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.with_name(f".{folder.name}.lock")):
+        with _one_process(folder):
             hit = plan.hit("students", fields) or _trained(experiment, table, folder, work_folder)
     else:
         logger.info("student %s: hit", hit.key)

@@ -24,7 +24,7 @@ from sparsekd.mining.ranking import NONE
 from sparsekd.mining.rankings import ranking_of
 from sparsekd.mining.selection import REASONS, Candidate, Proposal, select_candidates
 from sparsekd.mining.shards import ROWS_PER_SHARD, write_shards
-from sparsekd.recipe import Miner, Mining, Recipe
+from sparsekd.recipe import DenseMiner, Miner, Mining, Recipe, SparseMiner
 
 COUNTS = (
     "queries",
@@ -92,6 +92,23 @@ def mine_candidates(
             )
     log.info("candidates %s: %s", folder.name, published["counts"])
     return Candidates.open(folder)
+
+
+def bank_miner_vectors(recipe: Recipe, collection: Collection, source: VectorSource) -> None:
+    """Have all vectors that dense and sparse miners will ask for banked, the same shards as when they ask; keeps none."""
+    judged, _ = judged_queries(recipe, collection)
+    queries, passages = Question(recipe, collection, judged, source).queries, list(collection.passages.values())
+    size = recipe.run.shard_passages
+    parts = [passages[start : start + size] for start in range(0, len(passages), size)]
+    for miner in recipe.mining.asked:
+        if isinstance(miner, DenseMiner):
+            source.vectors(miner, queries, "query")
+            for part in parts:
+                source.vectors(miner, part, "passage")
+        elif isinstance(miner, SparseMiner):
+            source.sparse_vectors(miner, queries, "query")
+            for part in parts:
+                source.sparse_vectors(miner, part, "passage")
 
 
 def judged_queries(recipe: Recipe, collection: Collection) -> tuple[list[JudgedQuery], Counter[str]]:
