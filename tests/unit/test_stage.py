@@ -103,6 +103,8 @@ BAD_INPUT = {
     "a collection that is not there": (["--set", "collection.path=nowhere"], "nowhere"),
     "a teacher that is not there": (["--set", "teachers.judge.model=no/such/model"], "model 'no/such/model': no such folder"),
     "a student that is not there": (["--set", "student.model=./nowhere"], "model './nowhere': no such folder"),
+    "a shard beyond their number": (["--shard", "2/2"], "expected i/N with i from 0 to N - 1"),
+    "a shard that is no fraction": (["--shard", "two"], "[run] shard = 'two'"),
     "labels that do not fit the loss": (["--set", "labels.kind=margin"], 'needs [labels] kind = "score_list"'),
 }
 
