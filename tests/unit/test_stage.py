@@ -150,13 +150,25 @@ def test_help_imports_no_torch(run: Run, script: str) -> None:
 
 
 def test_a_failure_that_is_not_the_inputs_exits_1_with_its_traceback(run: Run, place: Path) -> None:
-    (place / "cache").write_text("a file where the cache's folder should be", encoding="utf-8")
+    # python -c looks here first.
+    (place / "bm25s.py").write_text("raise RuntimeError('a library that is broken')", encoding="utf-8")
 
     done = run("teacher_scores", "recipe.toml")
 
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+    assert "a library that is broken" in done.stderr
     assert done.stdout == ""
+
+
+def test_a_cache_that_is_a_file_exits_2_and_stays_what_it_is(run: Run, place: Path) -> None:
+    (place / "cache").write_text("a file where the cache's folder should be", encoding="utf-8")
+
+    done = run("teacher_scores", "recipe.toml", "--set", "run.cache=cache")
+
+    assert done.returncode == 2
+    assert "not a directory; name another path in the recipe" in done.stderr
+    assert (place / "cache").read_text(encoding="utf-8") == "a file where the cache's folder should be"
 
 
 @pytest.mark.parametrize(
