@@ -177,6 +177,7 @@ SETTINGS: list[tuple[list[str], str, set[str]]] = [
     ([], "run.threads=2", NONE),
     ([], "run.batch_tokens=64", NONE),
     ([], "run.shard_pairs=10", NONE),
+    ([], "run.shard=1/2", NONE),
     ([], "run.shard_passages=10", NONE),
     ([], "run.fused_head=false", NONE),
     ([], "run.save_steps=5", NONE),

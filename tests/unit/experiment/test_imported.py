@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from sparsekd.bank.sharing import CLAIMS
 from sparsekd.cli import app
 from sparsekd.experiment import Experiment, candidates, score_table
 from sparsekd.labels.rows import filter_pairs
@@ -28,7 +29,7 @@ def run_of(make_experiment: Make, device: str) -> dict[str, Any]:
 
 def files(experiment: Experiment) -> set[str]:
     """What the bank holds, by kind."""
-    return {path.name for path in (experiment.plan.cache / "bank").glob("*")}
+    return {path.name for path in (experiment.plan.cache / "bank").glob("*")} - {CLAIMS}
 
 
 @pytest.fixture
