@@ -24,6 +24,7 @@ DOCUMENTS = [
     for path in (
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
+        ROOT / "SECURITY.md",
         *sorted((ROOT / "docs").glob("*.md")),
         ROOT / "data" / "README.md",
         ROOT / "benchmarks" / "README.md",

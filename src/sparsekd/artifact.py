@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
@@ -167,6 +167,8 @@ def find(folder: Path, fields: Mapping[str, Any]) -> Artifact | None:
         )
     for name, entry in manifest["files"].items():
         path = folder / name
+        if path.is_symlink():
+            raise IntegrityError(f"{path}: a symbolic link, expected a file of its own; remove {folder} and rerun")
         if not path.is_file():
             raise IntegrityError(f"{path}: missing, its manifest lists it; remove {folder} and rerun")
         if path.stat().st_size != entry["bytes"]:
@@ -181,12 +183,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["key"], manifest["files"]
+        if not isinstance(manifest["key"], str) or not all(_is_entry(*item) for item in manifest["files"].items()):
+            raise ValueError("key or files are not what publish writes")
     except FileNotFoundError as error:
         raise IntegrityError(f"{path}: missing, so {folder} was never published; remove the folder and rerun") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(f"{path}: not a manifest ({error}); remove {folder} and rerun") from error
     return dict(manifest)
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    """Whether a manifest's entry is of a file inside the folder: what it names is opened, so it must not lead elsewhere."""
+    place = PurePosixPath(name)
+    is_inside = bool(place.parts) and not place.is_absolute() and ".." not in place.parts
+    return is_inside and type(entry["bytes"]) is int and isinstance(entry["xxh3_128"], str)
 
 
 def verify(artifact: Artifact) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsekd.artifact import sha256_of_file
+from sparsekd.model_folder import check_model_folder
 
 _FORMS = (
     "expected package:NAME (a model inside an installed package), an existing local folder, or a hub id ORG/NAME with optional "
@@ -66,10 +67,10 @@ def weights_identity(folder: Path) -> dict[str, str]:
     """Return {relative file: sha256} of every file that can change outputs: weights, configuration, tokenizer, code.
 
     Model cards, other backends' exports and training state are left out, and so are the folder's name and times. Raises
-    ValueError if there are no weights, if any module has only pickled ones, or if it is an adapter without its base.
+    ValueError for what ``check_model_folder`` refuses: no weights, pickled ones, an adapter, parts outside, JSON that is none.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and _matters(path.relative_to(folder)))
-    _refuse_unsafe(folder, files)
+    check_model_folder(folder, files)
     identity = {}
     for path in files:
         if path.suffix in _SUFFIXES:
@@ -87,23 +88,6 @@ def _digest(path: Path, size: int, mtime_ns: int) -> str:
 def _matters(relative: Path) -> bool:
     in_foreign = any(_FOREIGN_FOLDERS.fullmatch(part) for part in relative.parts[:-1])
     return not in_foreign and not _FOREIGN_FILES.fullmatch(relative.name)
-
-
-def _refuse_unsafe(folder: Path, files: list[Path]) -> None:
-    safe = {path.parent for path in files if path.suffix == ".safetensors"}
-    pickled = [path for path in files if path.match("pytorch_model*.bin") and path.parent not in safe]
-    if pickled:
-        raise ValueError(
-            f"model {folder}: {pickled[0].relative_to(folder)} is a pickle and there are no *.safetensors beside it; expected "
-            f"safetensors weights, since reading a pickle runs code; load it once where you trust it and save_pretrained it"
-        )
-    if not safe:
-        raise ValueError(f"model {folder}: no *.safetensors weights among {len(files)} files; expected a saved model's folder")
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"model {folder}: an adapter (adapter_config.json), whose base model lies elsewhere, so these files do not decide "
-            "its outputs; expected a whole model; merge it (merge_and_unload) and save that"
-        )
 
 
 def _folder_in_package(reference: str) -> Path:

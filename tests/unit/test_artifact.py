@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
 from collections.abc import Callable
@@ -12,7 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsekd import artifact
-from sparsekd.artifact import IntegrityError, differing_fields, find, key_of, nearest, publish, verify, write_file_atomically
+from sparsekd.artifact import (
+    MANIFEST,
+    IntegrityError,
+    differing_fields,
+    find,
+    key_of,
+    nearest,
+    publish,
+    verify,
+    write_file_atomically,
+)
 
 FIELDS: dict[str, Any] = {"stage": 1, "input": {"digest": "00ff", "max_length": 128}}
 
@@ -120,6 +131,36 @@ def test_folder_without_a_readable_manifest_is_refused(tmp_path: Path, content: 
 
     with pytest.raises(IntegrityError, match=r"manifest.json: (missing|not a manifest)"):
         find(tmp_path / "a", FIELDS)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/../../b", ""])
+def test_a_manifest_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+    with publish(tmp_path / "a", kind="x", fields={"a": 1}, extra={}) as temporary:
+        (temporary / "data").write_text("x", encoding="utf-8")
+    manifest = json.loads((tmp_path / "a" / MANIFEST).read_text(encoding="utf-8"))
+    manifest["files"][name] = manifest["files"]["data"]
+    (tmp_path / "a" / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+
+    with pytest.raises(IntegrityError, match=r"manifest\.json: not a manifest \(key or files are not what publish writes\)"):
+        find(tmp_path / "a", {"a": 1})
+
+
+def test_a_link_in_an_artifact_is_refused(tmp_path: Path) -> None:
+    with publish(tmp_path / "a", kind="x", fields={"a": 1}, extra={}) as temporary:
+        (temporary / "data").write_text("x", encoding="utf-8")
+    (tmp_path / "a" / "data").rename(tmp_path / "elsewhere")
+    (tmp_path / "a" / "data").symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(IntegrityError, match=r"data: a symbolic link, expected a file of its own"):
+        find(tmp_path / "a", {"a": 1})
+
+
+@pytest.mark.parametrize("files", [[], {"a": 1}, {"a": {}}, {"a": {"bytes": "1", "xxh3_128": "x"}}, None, "x"], ids=repr)
+def test_a_manifest_of_another_shape_is_refused(tmp_path: Path, files: Any) -> None:
+    (tmp_path / MANIFEST).write_text(json.dumps({"key": "x", "files": files}), encoding="utf-8")
+
+    with pytest.raises(IntegrityError, match="not a manifest"):
+        find(tmp_path, {})
 
 
 def test_missing_cut_and_changed_files_are_named(tmp_path: Path) -> None:

@@ -70,7 +70,10 @@ def test_package_without_exactly_one_model_is_refused(
         resolve(f"package:{name}")
 
 
-@pytest.mark.parametrize("reference", ["package:no-such-package", "./no/such/folder", "/no/such", "org/none@v1", "none", "a b"])
+@pytest.mark.parametrize(
+    "reference",
+    ["package:no-such-package", "package:", "./no/such/folder", "/no/such", "~nobody/x", "org/none@v1", "none", "a b", "-rf"],
+)
 def test_unreachable_reference_names_the_three_forms(reference: str) -> None:
     with pytest.raises(FileNotFoundError, match=r"package:NAME .* local folder, or a hub id ORG/NAME with optional @REVISION"):
         resolve(reference)
@@ -129,7 +132,7 @@ def test_one_changed_byte_changes_the_identity(folder: Path, name: str) -> None:
     before = weights_identity(folder)
 
     content = bytearray((folder / name).read_bytes())
-    content[-1] ^= 1
+    content[2] ^= 1  # a letter: what loaders obey must stay JSON
     (folder / name).write_bytes(content)
 
     assert weights_identity(folder) != before
@@ -209,3 +212,47 @@ def test_an_adapter_without_its_base_is_refused(folder: Path) -> None:
 
     with pytest.raises(ValueError, match=r"an adapter .* expected a whole model; merge it"):
         weights_identity(folder)
+
+
+def test_an_adapter_inside_a_module_is_refused(folder: Path) -> None:
+    (folder / "1_Pooling" / "adapter_config.json").write_text("{}", encoding="utf-8")
+
+    with pytest.raises(ValueError, match=r"an adapter \(1_Pooling/adapter_config\.json\)"):
+        weights_identity(folder)
+
+
+def test_other_safetensors_do_not_cover_a_pickle_that_loaders_would_take(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    (folder / "pytorch_model-00001-of-00002.bin").touch()
+
+    with pytest.raises(ValueError, match=r"pytorch_model-00001-of-00002\.bin is a pickle"):
+        weights_identity(folder)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("modules.json", '[{"path": "../other"}]', "modules.json names '../other'; expected files inside the model's folder"),
+        ("modules.json", '[{"path": "/other"}]', "modules.json names '/other'; expected files inside"),
+        ("modules.json", '[{"path": 7}]', "modules.json names '7'; expected files inside"),
+        ("modules.json", '["x"]', "modules.json holds a JSON list; expected a list of modules; save it again"),
+        ("modules.json", "{}", "modules.json holds a JSON dict; expected a list of modules"),
+        (INDEX, '{"weight_map": {"a": "../../b.safetensors"}}', f"{INDEX} names '../../b.safetensors'; expected files inside"),
+        (INDEX, '{"weight_map": 7}', f"{INDEX} names '7'; expected files inside"),
+        ("config.json", '{"a": ', "config.json is no JSON (Expecting value: line 1 column 7 (char 6)); expected a saved model's"),
+        ("config.json", b"\xff", "config.json is no JSON ('utf-8' codec can't decode byte 0xff in position 0"),
+        ("config.json", "[" * 100_000, "config.json is no JSON (maximum recursion depth exceeded"),
+        ("config.json", "[]", "config.json holds a JSON list; expected an object; save it again"),
+        ("tokenizer_config.json", "", "tokenizer_config.json is no JSON (Expecting value"),
+    ],
+)
+def test_what_loaders_would_obey_is_checked_before_they_do(folder: Path, name: str, content: str | bytes, message: str) -> None:
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    with pytest.raises(ValueError, match="expected") as caught:
+        weights_identity(folder)
+
+    assert str(caught.value).startswith(f"model {folder}: {message}")

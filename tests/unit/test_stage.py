@@ -105,6 +105,11 @@ BAD_INPUT = {
     "a student that is not there": (["--set", "student.model=./nowhere"], "model './nowhere': no such folder"),
     "a shard beyond their number": (["--shard", "2/2"], "expected i/N with i from 0 to N - 1"),
     "a shard that is no fraction": (["--shard", "two"], "[run] shard = 'two'"),
+    "a path that is too long": (["--set", f"collection.path={'x' * 300}"], "x: file name too long; name another path in the"),
+    "a model's path that is too long": (["--set", f"student.model={'x' * 300}"], "x: file name too long; name another path"),
+    "nobody's home": (["--set", "student.model=~nobody/x"], "model '~nobody/x': Could not determine home directory. expected "),
+    "NUL in a path": (["--set", 'run.cache="a\\u0000"'], "recipe.toml: [run] cache: a text with NUL at character 2; expected none"),
+    "an option for a model": (["--set", "student.model=-rf"], "model '-rf': no such folder, and not a hub id; expected "),
     "labels that do not fit the loss": (["--set", "labels.kind=margin"], 'needs [labels] kind = "score_list"'),
 }
 

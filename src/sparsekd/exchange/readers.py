@@ -52,7 +52,7 @@ def _n_tuples(path: Path) -> Iterator[Row]:
         values = [(name, value) for name, value in record.items() if name != label]
         texts = [checked_text(place, name, value, may_be_empty=column > 0) for column, (name, value) in enumerate(values)]
         if len(texts) < 2:
-            raise refused(place, f"columns {', '.join(record)}", "a query, a positive, negatives and scores", "add the columns")
+            raise refused(place, f"columns {_names(record)}", "a query, a positive, negatives and scores", "add the columns")
         scores = None if label is None else record[label]
         width = len(scores) if isinstance(scores, list) else 1
         if scores is not None and len(texts) > 2 and width == len(texts) - 2:
@@ -68,10 +68,15 @@ def _margins(path: Path) -> Iterator[Row]:
         label = next((name for name in (*LABEL_COLUMNS, "margin") if name in record), None)
         if label is None or any(name not in record for name in names):
             expected = f"{', '.join(names)} and score"
-            raise refused(place, f"columns {', '.join(record)}", expected, "rename the columns")
+            raise refused(place, f"columns {_names(record)}", expected, "rename the columns")
         query_id, positive_id, negative_id = (checked_id(place, name, record[name]) for name in names)
         margin = checked_score(place, f"the margin over {shown(negative_id)}", record[label])
         yield _triple(place, query_id, positive_id, negative_id, [margin])
+
+
+def _names(record: dict[str, Any]) -> str:
+    """Return a row's columns for a message, escaped where a name could drive a terminal."""
+    return ", ".join(name if name.isprintable() and len(name) <= 40 else shown(name) for name in record)
 
 
 def _msmarco_triples(path: Path) -> Iterator[Row]:

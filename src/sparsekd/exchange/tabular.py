@@ -79,6 +79,7 @@ def _columns(path: Path) -> Iterator[tuple[list[str], list[list[Any]]]]:
     # Overflow: a date beyond Python's. Unicode: a column's name.
     except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason if reason.isprintable() else shown(reason)
         raise ValueError(
             f"{path}: not a whole {path.suffix.removeprefix('.')} file ({reason}); copy or write it again"
         ) from error

@@ -33,7 +33,7 @@ def config_changes(student: Student, folder: Path) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     changes: dict[str, Any] = {}
     if student.num_layers is not None:
         if student.num_layers > config.num_hidden_layers:
@@ -54,7 +54,7 @@ def changed_config(student: Student, folder: Path) -> PretrainedConfig:
     """Return the config of ``folder`` with the recipe's changes."""
     from transformers import AutoConfig
 
-    config: PretrainedConfig = AutoConfig.from_pretrained(folder)
+    config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for name, value in config_changes(student, folder).items():
         setattr(config, name, value)
     return config
@@ -69,7 +69,7 @@ def load_tokenizer(student: Student, folder: Path) -> PreTrainedTokenizerBase:
             f"[student] {student.model}: no tokenizer in it (none of {', '.join(_TOKENIZER_FILES)}); "
             "save the tokenizer it was trained with beside its weights"
         )
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return tokenizer
 
 

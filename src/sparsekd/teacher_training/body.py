@@ -113,7 +113,7 @@ def _check_weights(section: TrainTeacher, folder: Path) -> list[str]:
     """Return the names of the weights of the head that the checkpoint lacks, reading names and shapes only."""
     from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     # Encoders are what transformers has a masked-LM head for; a decoder would read the passage without the words after it.
     heads = (AutoModelForMaskedLM, AutoModelForSequenceClassification)
     is_encoder = all(type(config) in head._model_mapping for head in heads) and not getattr(config, "is_decoder", False)

@@ -88,7 +88,7 @@ class CrossEncoderScorer:
 
         folder = resolve(self._teacher.model).path
         if self._teacher.backend == "openvino":  # takes float32 weights and rounds where it multiplies
-            arguments["model_kwargs"] = {"dtype": torch.float32}
+            arguments["model_kwargs"] |= {"dtype": torch.float32}
         model = CrossEncoder(str(folder), activation_fn=torch.nn.Identity(), **arguments)
         if model.num_labels != 1:
             raise ValueError(

@@ -23,7 +23,7 @@ def model_arguments(spec: ModelSpec, run: Run) -> dict[str, Any]:
         "device": prepare_device(run),
         "trust_remote_code": spec.trust_remote_code,
         "local_files_only": True,  # the folder is complete; a model card's base model is not looked up on the hub
-        "model_kwargs": {"dtype": getattr(torch, spec.dtype)},
+        "model_kwargs": {"dtype": getattr(torch, spec.dtype), "use_safetensors": True},
     }
 
 

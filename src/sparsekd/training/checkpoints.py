@@ -67,6 +67,8 @@ def newest_whole_checkpoint(folder: Path, key: str, fields: Mapping[str, Any]) -
 
 def _newest(folder: Path, key: str, fields: Mapping[str, Any]) -> Path | None:
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        if checkpoint.is_symlink():
+            raise ValueError(f"{checkpoint}: a symbolic link, expected a folder of this run; remove it and rerun")
         found, damage = _inspect(checkpoint)
         if damage is None:
             _check_same_experiment(checkpoint, found, key, fields)
@@ -101,7 +103,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _inspect(checkpoint: Path) -> tuple[dict[str, Any], str | None]:
-    """Return the seal, and what is wrong with the checkpoint or None."""
+    """Return the seal, and what is wrong with the checkpoint or None; every file in it is the seal's, and none a link."""
     try:
         found = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
         own, checksums = found.pop("seal"), dict(found["files"])
@@ -111,6 +113,11 @@ def _inspect(checkpoint: Path) -> tuple[dict[str, Any], str | None]:
         return {}, "it was never finished"
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}, f"{SEAL} is unreadable"
+    # What a resumed trainer unpickles is read by weights_only, and must still be what this run wrote.
+    for path in sorted(checkpoint.rglob("*")):
+        name = path.relative_to(checkpoint).as_posix()
+        if path.is_symlink() or (path.is_file() and name not in checksums and name != SEAL):
+            return found, f"{name} is not of this run"
     for name, checksum in checksums.items():
         if not (checkpoint / name).is_file():
             return found, f"{name} is missing"

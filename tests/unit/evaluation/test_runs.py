@@ -53,6 +53,15 @@ def test_reading_back_gives_equal_ids_and_bit_equal_scores(tmp_path: Path) -> No
     assert found.scores.tobytes() == rankings["q"].scores.tobytes()
 
 
+@pytest.mark.parametrize("odd", ["007", "../../x", "-rf", "x" * 300, '"q', "NA", "None", "#", "Q0", "1e5", "\x1b[31m", "😀"])
+def test_an_odd_id_comes_back_as_it_was(tmp_path: Path, odd: str) -> None:
+    path = tmp_path / "run"
+
+    write_trec_run(path, {odd: ranked(["a", odd], [2.0, 1.0])}, "tag")
+
+    assert {query_id: ranking.passage_ids for query_id, ranking in read_trec_run(path).items()} == {odd: ["a", odd]}
+
+
 def test_the_score_column_decides_whatever_the_order_of_lines_and_queries_may_interleave(tmp_path: Path) -> None:
     path = tmp_path / "run"
     path.write_text("q Q0 b 7 1 x\nr Q0 b 1 4 x\n\nq\tQ0\ta\t1\t1\tx\nq Q0 c 1 2.5 x\n", encoding="utf-8")

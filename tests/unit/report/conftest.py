@@ -107,6 +107,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 SHOWN = '<script>alert(1)</script><img src=x onerror="alert(2)"> {{ 7 * 7 }} & &amp; \u05e9\u05dc\u05d5\u05dd $x_1$ '
 HOSTILE = SHOWN + "\u202egnp.exe\u0000\u0007"
 """Put before every passage: markup, a template, right-to-left letters, a character that turns what follows, NUL and BEL."""
+HOSTILE_IDS = {"q19": "-rf<b>", "sky-2": "../../<i>x</i>", "sky-3": "007"}
+"""What a query and two passages that are judged for it are called instead."""
 RECIPE: dict[str, Any] = {
     "labels": {"num_negatives": 2, "calibration": {"kind": "zscore"}},
     "training": {"loss": "SparseDistillKLDivLoss", "max_steps": 6, "batch_size": 4, "dev_steps": 3, "learning_rate": 1e-3},
@@ -120,10 +122,13 @@ def make_plan(tmp_path_factory: pytest.TempPathFactory, sample_folder: Path, tin
     shutil.copytree(sample_folder, folder)
     for name, before in (("corpus.jsonl", HOSTILE), ("queries.jsonl", "<b>bold</b> ")):
         rows = [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
-        rows = [{**row, "text": before + row["text"]} for row in rows]
+        rows = [{**row, "_id": HOSTILE_IDS.get(row["_id"], row["_id"]), "text": before + row["text"]} for row in rows]
         if name == "corpus.jsonl":
             rows[0]["text"] += "x" * (1 << 20)  # bread-1
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for path in (folder / "qrels").iterdir():
+        judged = [[HOSTILE_IDS.get(word, word) for word in line.split("\t")] for line in path.read_text("utf-8").splitlines()]
+        path.write_text("".join("\t".join(words) + "\n" for words in judged), encoding="utf-8")
 
     def make(cache: Path, overrides: Sequence[str] = (), **sections: Any) -> Plan:
         document: dict[str, Any] = {

@@ -114,6 +114,17 @@ def test_hostile_texts_are_shown_as_they_are(finished: Any, elements_of: Any) ->
     assert re.search(r"[\x00-\x08\x0b-\x1f\x7f]", finished.page) is None
 
 
+def test_hostile_ids_reach_the_run_and_the_page_as_they_were_written(finished: Any, elements_of: Any) -> None:
+    cache, text = finished.experiment.plan.cache, elements_of(finished.page).text
+    runs = [path.read_text(encoding="utf-8").splitlines() for path in cache.rglob("*.trec")]
+
+    assert runs
+    for identity in ("-rf<b>", "../../<i>x</i>", "007"):
+        assert any(identity in line.split() for lines in runs for line in lines)
+        assert identity in text
+    assert not any(word in path.as_posix() for path in cache.rglob("*") for word in ("-rf<b>", "<i>", "007.", "/007"))
+
+
 def test_a_passage_of_a_megabyte_is_cut_and_says_so(finished: Any, elements_of: Any) -> None:
     assert len(finished.page.encode("utf-8")) < 3_000_000
     assert "x" * 1000 not in finished.page

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +71,60 @@ def remove(path: Path) -> None:
 def equal_weights(left: TrainedStudent, right: TrainedStudent) -> bool:
     pairs = zip(left.model.state_dict().values(), right.model.state_dict().values(), strict=True)
     return all(torch.equal(tensor, counterpart) for tensor, counterpart in pairs)
+
+
+class Opens:
+    """Pickles as a call that makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_would_call_something_is_not_run_when_a_run_is_resumed(
+    fit: Callable[..., TrainedStudent], tmp_path: Path
+) -> None:
+    fit("a")
+    newest = max((tmp_path / "a").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    middle = tmp_path / "a" / "checkpoint-4"
+    shutil.rmtree(newest)
+    found = json.loads((middle / SEAL).read_text(encoding="utf-8"))
+    torch.save(Opens(tmp_path / "made-by-a-pickle"), middle / "optimizer.pt")
+    (middle / SEAL).unlink()
+    seal(middle, found["key"], found["fields"])  # forged: the seal is no signature
+
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        fit("a")
+
+    assert not (tmp_path / "made-by-a-pickle").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_file_that_this_run_did_not_write_makes_a_checkpoint_torn(
+    written: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    foreign = written / "checkpoint-6" / "optimizer.pt"
+    if kind == "file":
+        foreign.write_bytes(b"x")
+    else:
+        (written / "checkpoint-6" / "model.safetensors").rename(tmp_path / "elsewhere")
+        (foreign := written / "checkpoint-6" / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+
+    assert newest_whole_checkpoint(written, "key", FIELDS) == written / "checkpoint-4"
+
+    assert f"checkpoint-6: torn ({foreign.name} is not of this run)" in caplog.text
+
+
+def test_a_checkpoint_that_is_a_link_is_refused_and_nothing_is_removed(written: Path, tmp_path: Path) -> None:
+    (written / "checkpoint-6").rename(tmp_path / "elsewhere")
+    (written / "checkpoint-6").symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(ValueError, match=r"checkpoint-6: a symbolic link, expected a folder of this run; remove it and rerun"):
+        newest_whole_checkpoint(written, "key", FIELDS)
+
+    assert (tmp_path / "elsewhere" / SEAL).is_file()
 
 
 def test_a_torn_newest_checkpoint_falls_back_to_the_one_before_whichever_file_is_torn(
