@@ -30,7 +30,9 @@ def refused(place: str, found: str, expected: str, remedy: str) -> ValueError:
     >>> str(refused("a.jsonl:3", "no scores", "one per passage", "score them first"))
     'a.jsonl:3: found no scores, expected one per passage; score them first'
     """
-    return ValueError(f"{place}: found {found}, expected {expected}; {remedy}")
+    # A column's name is the file's, and may hold what drives a terminal.
+    printable = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in found)
+    return ValueError(f"{place}: found {printable}, expected {expected}; {remedy}")
 
 
 def checked_id(place: str, name: str, value: Any) -> str:
