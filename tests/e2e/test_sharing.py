@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import signal
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,23 +14,17 @@ from typing import Any
 import pytest
 
 from sparsekd.artifact import read_manifest
+from sparsekd.collection import read_collection
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 Content = Callable[[Path, str], dict[str, bytes]]
-OF_THE_RUN = ("wall_seconds", "command", "overrides", "counts", "recipe", "when", "machine", "warnings")
 
 
 def banked_rows(cache: Path, kind: str) -> int:
     """Rows over all segments: a pair that two processes scored counts twice."""
-    manifests = [read_json(path) for path in (cache / "bank" / kind).glob("*/manifest.json")]
+    manifests = [json.loads(path.read_text(encoding="utf-8")) for path in (cache / "bank" / kind).glob("*/manifest.json")]
     return sum(segment["rows"] for manifest in manifests for segment in manifest["segments"])
-
-
-def read_json(path: Path) -> Any:
-    import json
-
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def last_line(process: Any) -> Path:
@@ -67,3 +64,42 @@ def test_a_process_that_is_killed_leaves_its_part_to_the_other(make_workplace: C
     folder = shared.folder / last_line(second)
     assert first.returncode == -signal.SIGKILL
     assert content_of(folder, "*.arrow") == content_of(expected, "*.arrow")
+
+
+JUDGE = """
+import os, signal
+
+def judge(pairs):
+    if any(passage == {poison!r} for _, passage in pairs):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [float(len(query) % 7 + len(passage) % 97) for query, passage in pairs]
+"""
+TEACHER = """[[teachers]]
+name = "mine"
+kind = "callable"
+function = "judges:judge"
+identity = {v = "1"}
+"""
+
+
+def test_a_passage_that_kills_is_named_with_exit_3_and_all_other_pairs_are_banked(make_workplace: Callable[..., Any]) -> None:
+    place = make_workplace()
+    path = place.folder / "recipe.toml"
+    recipe = path.read_text(encoding="utf-8")
+    path.write_text(recipe[: recipe.index("[[teachers]]")] + TEACHER + recipe[recipe.index("[labels]") :], encoding="utf-8")
+    collection = read_collection(Path(tomllib.loads(recipe)["collection"]["path"]))
+    poison = collection.passages[next(iter(next(iter(collection.qrels["train"].values()))))]
+    (place.folder / "judges.py").write_text(JUDGE.format(poison=poison), encoding="utf-8")
+
+    for _ in range(60):
+        process = place.start("teacher_scores")
+        stdout, stderr = process.communicate(timeout=240)
+        if process.returncode != -signal.SIGKILL:
+            break
+
+    assert (process.returncode, stdout) == (3, ""), stderr
+    assert re.search(r"error: teacher mine: (\d+) of (\d+) are in quarantine, .*; all others are banked", stderr)
+    assert repr(poison[:80]) in stderr
+    num_ill, num_pairs = map(int, re.findall(r"teacher mine: (\d+) of (\d+) are", stderr)[0])
+    assert banked_rows(place.cache, "scores") == num_pairs - num_ill
+    assert not list((place.cache / "tables").glob("[!.]*"))

@@ -2,8 +2,8 @@
 
 Processes that run one recipe over one cache, on one machine or on several with a shared file system, find the same items in the
 same order, so they agree on the shards without talking. A shard is claimed by a lock on a file named by its content; the kernel
-drops the lock when its holder dies, and another process takes the shard over. A claim saves time and decides nothing: where locks
-do not reach, a shard is computed twice, and the bank keeps the first of two equal answers.
+drops the lock when its holder dies, and another process takes the shard over. A claim saves time and decides nothing: where a file
+system keeps locks to one machine, others compute the shard too, and the bank keeps the first of two equal answers.
 
 A shard that keeps killing who computes it is halved until one item is left, which is put in quarantine: named, and not tried
 again. Everything else is computed. Imports no torch.
@@ -53,36 +53,37 @@ class Part:
     of: int = 1
 
 
+@dataclass(frozen=True, eq=False)
+class Items:
+    """What is to be computed, n pairs or texts, in one order for all processes."""
+
+    keys: npt.NDArray[np.uint64]
+    """[n, w], the items' contents."""
+    order: Positions
+    """int64 [n], the order in which they are computed."""
+    missing: npt.NDArray[np.bool_]
+    """[n], which were not banked at first sight."""
+    known: Callable[[Positions], npt.NDArray[np.bool_]]
+    """Asks the bank again, bool for each position."""
+    describe: Callable[[int], str]
+    """Names an item for people."""
+
+
 class SharedShards:
     """Items in shards, as one process sees them; a context manager that gives up its claims at the end."""
 
-    def __init__(
-        self,
-        folder: Path,
-        keys: npt.NDArray[np.uint64],
-        order: Positions,
-        missing: npt.NDArray[np.bool_],
-        known: Callable[[Positions], npt.NDArray[np.bool_]],
-        *,
-        size: int,
-        part: Part,
-        describe: Callable[[int], str],
-    ) -> None:
-        """Split the items into shards of ``size`` in ``order``, whatever is known of them, so that all processes agree.
+    def __init__(self, folder: Path, items: Items, *, size: int, part: Part) -> None:
+        """Split all items into shards of ``size``, whatever is known of them, so that all processes agree.
 
-        ``keys`` uint64 [n, w] are the items' contents; ``missing`` bool [n] says what was not banked at first sight; ``known``
-        asks the bank again, bool for each position; ``describe`` names an item for people. ``folder`` is where the bank keeps
-        the answers, ``<root>/<kind>/<key>``; claims are in ``<root>/claims/<kind>/<key>``.
+        ``folder`` is where the bank keeps the answers, ``<root>/<kind>/<key>``; claims are in ``<root>/claims/<kind>/<key>``.
         """
         self._folder = folder.parent.parent / CLAIMS / folder.parent.name / folder.name
-        self._keys = keys
-        self._known = known
-        self._describe = describe
-        shards = [order[start : start + size] for start in range(0, len(order), size)]
+        self._items = items
+        shards = [items.order[start : start + size] for start in range(0, len(items.order), size)]
         first = part.index * len(shards) // part.of
-        self._waiting = [shard for shard in [*shards[first:], *shards[:first]] if missing[shard].any()]
+        self._waiting = [shard for shard in [*shards[first:], *shards[:first]] if items.missing[shard].any()]
         self._taken: deque[tuple[Positions, _Claim, Positions]] = deque()
-        self._poll_seconds = _POLL_SECONDS
+        self._num_claimed = 0
 
     def __enter__(self) -> SharedShards:
         return self
@@ -92,38 +93,23 @@ class SharedShards:
             claim.leave()
         self._taken.clear()
 
-    @property
-    def unfinished(self) -> bool:
-        """Whether some item is neither banked nor in quarantine, as far as this process knows; waits a moment if all such are
-        being computed by others."""
-        if self._waiting and not self._taken and not any(self._is_free(shard) for shard in self._waiting):
-            if self._poll_seconds == _POLL_SECONDS:
-                _log.info("%d shards are being computed by other processes; waiting", len(self._waiting))
-            time.sleep(self._poll_seconds)
-            self._poll_seconds = min(2 * self._poll_seconds, _LONGEST_POLL_SECONDS)
-        return bool(self._waiting)
+    def passes(self) -> Iterator[Iterator[Positions]]:
+        """Yield what is free, again and again, until every item is banked or in quarantine.
 
-    def free(self) -> Iterator[Positions]:
-        """Yield the missing items of one shard after another that nobody else holds; each must be banked, then ``committed``.
-
-        Ends when none is left now. A shard that ended its processes comes alone and in pieces, after the others.
+        A pass is the missing items of one shard after another that nobody else holds; each must be banked and ``committed``, in
+        their order. Where others hold all that is left, the next pass comes after a moment.
         """
-        suspected = []
-        for shard in list(self._waiting):
-            claim = _Claim.take(self._path(shard), len(shard))
-            if claim is None:
+        seconds = _POLL_SECONDS
+        while self._waiting:
+            num_before = self._num_claimed
+            yield self._free()
+            if self._num_claimed > num_before:
+                seconds = _POLL_SECONDS
                 continue
-            missing = self._missing(shard)
-            if not len(missing):
-                self._finish(shard, claim)
-            elif claim.suspects is None:
-                self._begin(shard, claim, missing)
-                yield missing
-            else:
-                claim.leave()
-                suspected.append(shard)
-        if suspected and not self._taken:
-            yield from self._piece(suspected[0])
+            if seconds == _POLL_SECONDS:
+                _log.info("%d shards are being computed by other processes; waiting", len(self._waiting))
+            time.sleep(seconds)
+            seconds = min(2 * seconds, _LONGEST_POLL_SECONDS)
 
     @property
     def oldest(self) -> Positions:
@@ -133,7 +119,6 @@ class SharedShards:
     def committed(self) -> None:
         """Say that the oldest items yielded are banked."""
         shard, claim, _ = self._taken.popleft()
-        self._poll_seconds = _POLL_SECONDS
         if claim.suspects is None:
             self._finish(shard, claim)
         else:
@@ -152,56 +137,74 @@ class SharedShards:
             return
         first = int(found[0])
         raise QuarantineError(
-            f"{what}: {len(found):,} of {len(self._keys):,} are in quarantine, each of which ended {DEATHS} processes that "
-            f"computed it alone (first: {self._describe(first)}); all others are banked. Mend or leave out these texts; or give "
-            f"the processes more memory and remove {self._folder / QUARANTINE / self._name(first)} to try again"
+            f"{what}: {len(found):,} of {len(self._items.keys):,} are in quarantine, each of which ended {DEATHS} processes that "
+            f"computed it alone (first: {self._items.describe(first)}); all others are banked. Mend or leave out these texts; or "
+            f"give the processes more memory and remove {self._folder / QUARANTINE / self._name(first)} to try again"
         )
+
+    def _free(self) -> Iterator[Positions]:
+        """Yield the items of one pass. A shard that ended its processes comes alone and in pieces, after the others."""
+        suspected = []
+        for shard in list(self._waiting):
+            claim = self._claim(shard)
+            if claim is None:
+                continue
+            missing = self._missing(shard)
+            if not len(missing):
+                self._finish(shard, claim)
+            elif claim.suspects is None:
+                self._begin(shard, claim, missing)
+                yield missing
+            else:
+                claim.leave()
+                suspected.append(shard)
+        if suspected and not self._taken:
+            yield from self._piece(suspected[0])
 
     def _piece(self, shard: Positions) -> Iterator[Positions]:
         """Yield the piece of a suspected shard that is to be tried next, unless it is settled already."""
-        claim = _Claim.take(self._path(shard), len(shard))
+        claim = self._claim(shard)
         if claim is None:
+            return
+        if claim.suspects is None:  # another process has found the item meanwhile
+            claim.leave()
             return
         begin, end = claim.piece
         if end - begin == 1 and claim.deaths >= DEATHS:
             self._quarantine(int(shard[begin]))
-            claim.survived()
-            return
         missing = self._missing(shard[begin:end])
         if not len(missing):
+            self._num_claimed += 1
             claim.survived()
             return
         self._begin(shard, claim, missing)
         yield missing
 
     def _begin(self, shard: Positions, claim: _Claim, missing: Positions) -> None:
+        self._num_claimed += 1
         claim.begin()
         self._taken.append((shard, claim, missing))
 
     def _quarantine(self, position: int) -> None:
-        item = self._describe(position)
+        item = self._items.describe(position)
         write_json_atomically(self._folder / QUARANTINE / self._name(position), {"item": item, "deaths": DEATHS})
         _log.error("in quarantine after %d processes that it ended: %s", DEATHS, item)
 
     def _finish(self, shard: Positions, claim: _Claim) -> None:
+        self._num_claimed += 1
         claim.finish()
         self._waiting = [each for each in self._waiting if each is not shard]
 
     def _missing(self, shard: Positions) -> Positions:
-        missing = shard[~self._known(shard)]
+        missing = shard[~self._items.known(shard)]
         return missing[~np.isin(missing, self.quarantined(missing))]
 
-    def _is_free(self, shard: Positions) -> bool:
-        claim = _Claim.take(self._path(shard), len(shard))
-        if claim is not None:
-            claim.leave()
-        return claim is not None
-
-    def _path(self, shard: Positions) -> Path:
-        return self._folder / xxhash.xxh3_128_hexdigest(np.ascontiguousarray(self._keys[shard]).tobytes())
+    def _claim(self, shard: Positions) -> _Claim | None:
+        content = np.ascontiguousarray(self._items.keys[shard]).tobytes()
+        return _Claim.take(self._folder / xxhash.xxh3_128_hexdigest(content), len(shard))
 
     def _name(self, position: int) -> str:
-        return "".join(f"{word:016x}" for word in self._keys[position].tolist())
+        return "".join(f"{word:016x}" for word in self._items.keys[position].tolist())
 
 
 class _Claim:
@@ -217,7 +220,7 @@ class _Claim:
         self._descriptor = descriptor
         self.suspects: tuple[int, int] | None = None
         self.deaths = 0
-        told = _decoded(os.read(descriptor, 1 << 12))
+        told = _decoded(os.read(descriptor, 1 << 12), num_items)
         if told is not None:
             self.suspects, self.deaths = told.suspects, told.deaths
             if told.running:
@@ -228,7 +231,7 @@ class _Claim:
         """Return the claim of a shard, None if another process holds it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
@@ -253,8 +256,8 @@ class _Claim:
 
     def survived(self) -> None:
         """Take the piece out of the suspects, and let the shard go: it is not finished."""
-        _, end = self.suspects or (0, 0)
-        _, tried = self.piece
+        assert self.suspects is not None
+        (_, end), (_, tried) = self.suspects, self.piece
         self.suspects, self.deaths = ((tried, end) if tried < end else None), 0
         self.leave()
 
@@ -297,11 +300,16 @@ class _Told:
     running: bool
 
 
-def _decoded(content: bytes) -> _Told | None:
-    """Return what a claim's file says; None if it is empty or no such file, which is as good as none."""
+def _decoded(content: bytes, num_items: int) -> _Told | None:
+    """Return what the file of a claim on so many items says; None if it says nothing, or what no claim writes."""
     try:
         told = json.loads(content)
-        suspects = told["suspects"]
-        return _Told(None if suspects is None else (int(suspects[0]), int(suspects[1])), int(told["deaths"]), bool(told["running"]))
-    except (ValueError, KeyError, TypeError, IndexError):
+        suspects, deaths = told["suspects"], int(told["deaths"])
+        if suspects is not None:
+            begin, end = map(int, suspects)
+            if not 0 <= begin < end <= num_items:
+                return None
+            suspects = begin, end
+        return _Told(suspects, deaths, bool(told["running"]))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

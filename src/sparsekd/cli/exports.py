@@ -78,11 +78,12 @@ def export_engine(
         from sparsekd.engines.student import source_of
         from sparsekd.exchange.target import require_free
         from sparsekd.recipe import Run
+        from sparsekd.retrieval import StudentEncoder
 
         chosen = engine_of(engine)
         chosen.require()
         require_free(out, overwrite)
-        index, source = source_of(student, collection, indexes, Run(), queries=queries)
+        index, source = source_of(StudentEncoder(student, Run()), collection, indexes, queries=queries)
         summary = exporting.export_engine(chosen, source, out, index_key=index.artifact.key, overwrite=overwrite)
         typer.echo(", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in summary.items()), err=True)
         typer.echo(str(out))

@@ -34,16 +34,15 @@ def search(
     with one_line_errors():
         from sparsekd.recipe import Run
         from sparsekd.report.text import visible
-        from sparsekd.retrieval import find_or_build
+        from sparsekd.retrieval import StudentEncoder, find_or_build
         from sparsekd.retrieval.answers import answer_of, best_answers, position_of
-        from sparsekd.retrieval.encoder import StudentEncoder
 
         if not query.strip():
             raise ValueError("the query is empty; give what is to be searched for, in quotes")
-        run = Run()
-        index = find_or_build(student, collection, indexes, run)
+        encoder = StudentEncoder(student, Run())
+        index = find_or_build(encoder, collection, indexes)
         position = None if explain is None else position_of(index, explain)
-        query_csr = StudentEncoder(student, run).encode([query], role="query")
+        query_csr = encoder.encode([query], role="query")
         if position is not None:
             typer.echo(_explained(answer_of(index, query_csr, collection, position)))
             return
@@ -83,7 +82,7 @@ def encode(
     with one_line_errors():
         from sparsekd.engines.encoding import encode_file
         from sparsekd.recipe import Run
-        from sparsekd.retrieval.encoder import StudentEncoder
+        from sparsekd.retrieval import StudentEncoder
 
         if not texts.is_file():
             raise FileNotFoundError(f"{texts}: no such file; give a corpus.jsonl or queries.jsonl")

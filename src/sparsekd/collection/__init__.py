@@ -7,10 +7,20 @@ from sparsekd.collection.beir import (
     SPLITS,
     Collection,
     collection_digest,
+    passage_at,
     read_collection,
     read_texts,
     stream_passages,
     stream_queries,
 )
 
-__all__ = ["SPLITS", "Collection", "collection_digest", "read_collection", "read_texts", "stream_passages", "stream_queries"]
+__all__ = [
+    "SPLITS",
+    "Collection",
+    "collection_digest",
+    "passage_at",
+    "read_collection",
+    "read_texts",
+    "stream_passages",
+    "stream_queries",
+]

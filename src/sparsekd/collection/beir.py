@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import json
 import logging
 import re
 from collections import Counter
@@ -99,6 +100,13 @@ def stream_passages(path: Path) -> Iterator[tuple[int, str, str]]:
     return _each_once(path, _passage_lines(path))
 
 
+def passage_at(path: Path, offset: int) -> str:
+    """Return title and text of the passage whose line begins at byte ``offset`` of a ``corpus.jsonl`` that was found sound."""
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        return _passage_text(path, 0, json.loads(stream.readline()))
+
+
 def stream_queries(path: Path) -> Iterator[tuple[int, str, str]]:
     """Yield (line number, query_id, text) of a ``queries.jsonl``, each query once, as ``stream_passages`` does."""
     return _each_once(path, _query_lines(path))
@@ -153,10 +161,15 @@ def _read_passages(path: Path, counts: Counter[str]) -> dict[str, str]:
 def _passage_lines(path: Path) -> Iterator[tuple[int, str, str]]:
     """Yield (line number, passage_id, title and text) of every line."""
     for line, record in json_objects(path):
-        text = _text(path, line, record, "text")
-        if "title" in record:
-            text = " ".join(part for part in (_text(path, line, record, "title"), text) if part)
+        text = _passage_text(path, line, record)
         yield line, _id(path, line, record), text
+
+
+def _passage_text(path: Path, line: int, record: Mapping[str, Any]) -> str:
+    text = _text(path, line, record, "text")
+    if "title" in record:
+        text = " ".join(part for part in (_text(path, line, record, "title"), text) if part)
+    return text
 
 
 def _read_queries(path: Path, counts: Counter[str]) -> dict[str, str]:

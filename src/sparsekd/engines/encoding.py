@@ -6,18 +6,17 @@ made: 8 bytes per active dim.
 
 from __future__ import annotations
 
-import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparsekd.artifact import sha256_of_file
 from sparsekd.collection import stream_passages, stream_queries
+from sparsekd.engines.json_lines import json_line, named, write_lines
+from sparsekd.engines.names import dim_names
 from sparsekd.engines.vectors import Vectors
 from sparsekd.exchange.target import exported
 from sparsekd.provenance import provenance
-from sparsekd.retrieval.building import TEXTS
 from sparsekd.retrieval.encoder import Role, StudentEncoder
 
 if TYPE_CHECKING:
@@ -38,40 +37,32 @@ def encode_file(
     ``ids.txt`` has an id a line, in the order of the rows. ``jsonl``: ``vectors.jsonl``, ``{"id", "vector": {term: weight}}`` a
     line, dims by number where they are no terms. ``csr``: ``vectors.npz``, float32 [n, V], for ``scipy.sparse.load_npz``, and
     ``vocabulary.json``, the terms by dim or null. A text that comes again under its id is encoded once. Nothing is left if anything
-    fails. Raises ValueError for a line that is no such text, no text at all, and a target that exists.
+    fails. Raises ValueError for a line that is no such text, a file without any, and a target that exists.
     """
     stream = stream_queries if role == "query" else stream_passages
-    total = sum(1 for _ in stream(path))  # reads it whole first: a line that is wrong is told before a model is loaded
-    if not total:
-        raise ValueError(f"{path}: holds no text; expected a JSON object a line")
+    ids = [text_id for _, text_id, _ in stream(path)]  # the whole file: a line that is wrong is told before a model is loaded
     fields = {"stage": ENCODE_STAGE, "student": student.identity, "texts": sha256_of_file(path), "role": role, "form": form}
     extra: dict[str, Any] = {**provenance(())}
     with exported(target, fields=fields, extra=extra, overwrite=overwrite) as folder:
-        ids: list[str] = []
-        blocks = student.encode_blocks(_blocks(((each, text) for _, each, text in stream(path)), ids), role=role, total=total)
+        blocks = student.encode_blocks((text for _, _, text in stream(path)), role=role, total=len(ids))
         num_active = (_write_matrix if form == "csr" else _write_lines)(student, blocks, ids, folder)
-        (folder / IDS).write_text("".join(f"{each}\n" for each in ids), encoding="utf-8", newline="\n")
+        write_lines(folder / IDS, ids)
         extra["counts"] = {"texts": len(ids), "active_dims": num_active}
     return len(ids), num_active / len(ids)
 
 
-def _blocks(texts: Iterator[tuple[str, str]], ids: list[str]) -> Iterator[list[str]]:
-    """Yield TEXTS texts at a time, adding their ids to ``ids``."""
-    while block := list(itertools.islice(texts, TEXTS)):
-        ids += [text_id for text_id, _ in block]
-        yield [text for _, text in block]
-
-
 def _write_lines(student: StudentEncoder, blocks: Iterator[scipy.sparse.csr_matrix], ids: list[str], folder: Path) -> int:
-    num_active, first = 0, 0
-    with (folder / LINES).open("w", encoding="utf-8", newline="\n") as stream:
+    num_active = first = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal num_active, first
         for block in blocks:
-            terms = student.terms
+            names = dim_names(student.terms, block.shape[1])
             for row in Vectors(ids[first : first + block.shape[0]], [block]).rows(block.shape[1]):
-                weights = zip(row.dims.tolist(), row.weights.tolist(), strict=True)
-                vector = {str(dim) if terms is None else terms[dim]: weight for dim, weight in weights}
-                stream.write(json.dumps({"id": row.text_id, "vector": vector}, ensure_ascii=False) + "\n")
+                yield json_line({"id": row.text_id, "vector": named(row, names)})
             num_active, first = num_active + block.nnz, first + block.shape[0]
+
+    write_lines(folder / LINES, lines())
     return num_active
 
 
@@ -80,5 +71,5 @@ def _write_matrix(student: StudentEncoder, blocks: Iterator[scipy.sparse.csr_mat
 
     vectors = scipy.sparse.vstack(list(blocks), format="csr")
     scipy.sparse.save_npz(folder / MATRIX, vectors)
-    (folder / VOCABULARY).write_text(json.dumps(student.terms, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+    write_lines(folder / VOCABULARY, [json_line(student.terms)])
     return int(vectors.nnz)

@@ -112,6 +112,8 @@ def _graph(modules: list[Any]) -> Any:
     from torch import Tensor, nn
 
     class Graph(nn.Module):
+        """The student's modules, one after the other."""
+
         def __init__(self) -> None:
             super().__init__()
             self.parts = nn.ModuleList(modules)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparsekd.collection import stream_queries
 from sparsekd.engines.vectors import Source, Vectors
-from sparsekd.recipe import Run
-from sparsekd.retrieval import StudentIndex, find_or_build
-from sparsekd.retrieval.encoder import StudentEncoder
+from sparsekd.retrieval import StudentEncoder, StudentIndex, find_or_build
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 
 class _Blocks:
@@ -17,20 +20,19 @@ class _Blocks:
     def __init__(self, index: StudentIndex) -> None:
         self._index = index
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[scipy.sparse.csr_matrix]:
         return (block for _, block in self._index.blocks())
 
 
 def source_of(
-    student: Path, collection: Path, indexes: Path, run: Run, *, queries: Path | None = None
+    student: StudentEncoder, collection: Path, indexes: Path, *, queries: Path | None = None
 ) -> tuple[StudentIndex, Source]:
     """Return the student's index of the collection, made under ``indexes`` if it is not there, and what engines take of it.
 
-    ``queries``, a queries.jsonl, is encoded whole. Raises what ``find_or_build`` raises, ValueError for a line that is no query.
+    ``queries``, a queries.jsonl, is encoded whole. Raises what ``find_or_build`` raises, ValueError for a line that is no query and
+    for a file without any.
     """
-    texts = None if queries is None else {query_id: text for _, query_id, text in stream_queries(queries)}
-    index = find_or_build(student, collection, indexes, run)
-    asked = None
-    if texts:
-        asked = Vectors(list(texts), [StudentEncoder(student, run).encode(list(texts.values()), role="query")])
+    text_by_id = {} if queries is None else {query_id: text for _, query_id, text in stream_queries(queries)}
+    index = find_or_build(student, collection, indexes)
+    asked = Vectors(list(text_by_id), [student.encode(list(text_by_id.values()), role="query")]) if text_by_id else None
     return index, Source(Vectors(index.passage_ids, _Blocks(index)), index.num_dims, index.terms, asked)

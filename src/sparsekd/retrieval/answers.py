@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparsekd.collection import passage_at
 from sparsekd.mining.ranking import NONE
 from sparsekd.retrieval.building import CORPUS
 from sparsekd.retrieval.index import StudentIndex
@@ -55,7 +55,7 @@ def answer_of(index: StudentIndex, query_csr: scipy.sparse.csr_matrix, collectio
     terms = [Term(_name(index.terms, dim), query, passage) for dim, query, passage in found if query * passage]
     terms.sort(key=lambda term: (-term.product, term.name))
     score = float((query_csr.data * weights).sum())
-    return Answer(index.passage_ids[position], text_of(index, collection, position), score, tuple(terms))
+    return Answer(index.passage_ids[position], passage_at(collection / CORPUS, int(index.offsets[position])), score, tuple(terms))
 
 
 def position_of(index: StudentIndex, passage_id: str) -> int:
@@ -63,14 +63,6 @@ def position_of(index: StudentIndex, passage_id: str) -> int:
     if passage_id not in index.position_by_id:
         raise ValueError(f"passage {passage_id!r}: not among the {len(index.passage_ids):,} passages of the index; check the id")
     return index.position_by_id[passage_id]
-
-
-def text_of(index: StudentIndex, collection: Path, position: int) -> str:
-    """Return a passage's text as it was indexed, title first; one line of the file is read."""
-    with (collection / CORPUS).open("rb") as stream:
-        stream.seek(int(index.offsets[position]))
-        record = json.loads(stream.readline())
-    return f"{record.get('title') or ''} {record['text']}".strip()
 
 
 def _name(terms: Sequence[str] | None, dim: int) -> str:

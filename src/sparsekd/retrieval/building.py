@@ -21,10 +21,8 @@ from sparsekd.artifact import find, is_abandoned, key_of, publish, write_json_at
 from sparsekd.collection import collection_digest, stream_passages
 from sparsekd.mining.ranking import id_ranks
 from sparsekd.provenance import provenance
-from sparsekd.recipe import Run
 from sparsekd.retrieval.encoder import StudentEncoder
 from sparsekd.retrieval.index import ID_RANK, IDS, KIND, OFFSETS, VOCABULARY, StudentIndex, block_file
-from sparsekd.teachers.batching import BLOCK
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -38,8 +36,6 @@ BLOCK_POSTINGS = 1 << 23
 """A block ends with the texts that reach it: 67 MB, 65,000 passages of 128 active dims, whose scores stay in a core's cache."""
 BLOCK_PASSAGES = 1 << 16
 """Or at so many passages, however sparse."""
-TEXTS = BLOCK
-"""Texts encoded at once."""
 
 
 def index_fields(student: StudentEncoder, collection_folder: Path) -> dict[str, Any]:
@@ -51,15 +47,11 @@ def index_fields(student: StudentEncoder, collection_folder: Path) -> dict[str, 
     }
 
 
-def find_or_build(
-    student_folder: Path, collection_folder: Path, root: Path = Path("data/cache/indexes"), run: Run | None = None
-) -> StudentIndex:
+def find_or_build(student: StudentEncoder, collection_folder: Path, root: Path) -> StudentIndex:
     """Return the index of a student over all passages of a BEIR folder's corpus.jsonl, made under ``root`` if it is not there.
 
-    ``student_folder`` holds any saved SparseEncoder. ``run`` says where and how fast; the default is a recipe's. Raises
-    FileNotFoundError or ValueError for bad input before any text is encoded, IntegrityError if a published index is damaged.
+    Raises FileNotFoundError or ValueError for bad input before any text is encoded, IntegrityError if a published index is damaged.
     """
-    student = StudentEncoder(student_folder, run or Run())
     fields = index_fields(student, collection_folder)
     folder = root / key_of(fields)
     if find(folder, fields) is None:
@@ -122,7 +114,7 @@ def _build(student: StudentEncoder, corpus: Path, folder: Path, fields: Mapping[
     started, extra = time.monotonic(), provenance(())
     with published(folder, fields, extra) as writer:
         texts = (text for _, _, text in stream_passages(corpus))
-        for vectors in joined_blocks(student.encode_blocks(_batched(texts), role="passage", total=len(passage_ids))):
+        for vectors in joined_blocks(student.encode_blocks(texts, role="passage", total=len(passage_ids))):
             writer.add(vectors)
         writer.finish(passage_ids, _line_offsets(corpus)[lines - 1], student.terms, has_unit_length=student.has_unit_length)
         extra["wall_seconds"] = time.monotonic() - started
@@ -162,17 +154,6 @@ def _line_offsets(path: Path) -> NDArray[np.int64]:
     with path.open("rb") as stream:
         lengths = np.fromiter((len(line) for line in stream), dtype=np.int64)
     return np.cumsum(lengths) - lengths
-
-
-def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == TEXTS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _remove_abandoned(folder: Path) -> None:

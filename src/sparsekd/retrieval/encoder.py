@@ -7,20 +7,26 @@ cosine gives vectors of unit length, so that the dot product is its similarity w
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from sparsekd.device import prepare_device
 from sparsekd.model_reference import weights_identity
 from sparsekd.recipe import Run
+from sparsekd.teachers.batching import BLOCK
 
 if TYPE_CHECKING:
     import scipy.sparse
     from sentence_transformers import SparseEncoder
 
 Role = Literal["query", "passage"]
+TEXTS = BLOCK
+"""Texts encoded at once."""
 
 _CONFIG = "config_sentence_transformers.json"
 
@@ -67,15 +73,18 @@ class StudentEncoder:
 
     def encode(self, texts: Sequence[str], *, role: Role) -> scipy.sparse.csr_matrix:
         """Return float32 CSR [n, V] in input order, indices sorted, no stored zeros; ValueError if a weight is not finite."""
-        return next(self.encode_blocks([texts], role=role, total=len(texts)))
+        import scipy.sparse
 
-    def encode_blocks(self, blocks: Iterable[Sequence[str]], *, role: Role, total: int) -> Iterator[scipy.sparse.csr_matrix]:
-        """Yield the same of each block of texts, one block in memory at a time; ``total`` texts are announced."""
+        nothing = scipy.sparse.csr_matrix((0, self.num_dims), dtype=np.float32)  # no texts have a width too
+        return scipy.sparse.vstack([nothing, *self.encode_blocks(texts, role=role, total=len(texts))], format="csr")
+
+    def encode_blocks(self, texts: Iterable[str], *, role: Role, total: int) -> Iterator[scipy.sparse.csr_matrix]:
+        """Yield the same of one block of texts after another, one block in memory at a time; ``total`` texts are announced."""
         from sparsekd.evaluation.student import encoded_blocks, of_unit_length
 
         run, model = self._run, self._model
         how: dict[str, Any] = {"batch_tokens": run.batch_tokens, "fused": run.fused_head, "packed": run.packed}
-        for vectors in encoded_blocks(model, blocks, role=role, total=total, **how):
+        for vectors in encoded_blocks(model, _blocks(texts), role=role, total=total, **how):
             found = of_unit_length(vectors) if self.has_unit_length else vectors
             found.eliminate_zeros()
             found.sort_indices()
@@ -87,3 +96,9 @@ class StudentEncoder:
         from sentence_transformers import SparseEncoder
 
         return SparseEncoder(str(self.folder), device=device, local_files_only=True).eval()
+
+
+def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
+    remaining = iter(texts)
+    while block := list(itertools.islice(remaining, TEXTS)):
+        yield block

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsekd.bank.embeddings import EmbeddingBank, Embeddings
-from sparsekd.bank.sharing import Part, Positions, SharedShards
+from sparsekd.bank.sharing import Items, Part, Positions, SharedShards
 from sparsekd.bank.sparse import SparseVectors
 from sparsekd.bank.text_key import text_keys
 from sparsekd.recipe import Run
@@ -73,21 +73,15 @@ def bank_texts(
     # Longest first; ties by key (unique_keys sorts), so what is left after a crash splits into the same shards and batches.
     order = np.argsort([-len(text) for text in texts], kind="stable").astype(np.int64)
     todo, num_encoded = int(missing.sum()), 0
+    items = Items(
+        keys, order, missing, lambda positions: banked.known(keys[positions]), lambda position: f"text {texts[position][:80]!r}"
+    )
     with (
         progress(f"encode {role} texts ({1 - todo / len(texts):.0%} reused)", total=todo, unit="texts") as bar,
-        SharedShards(
-            banked.folder,
-            keys,
-            order,
-            missing,
-            lambda positions: banked.known(keys[positions]),
-            size=run.shard_pairs,
-            part=Part(*run.part),
-            describe=lambda position: f"text {texts[position][:80]!r}",
-        ) as shards,
+        SharedShards(banked.folder, items, size=run.shard_pairs, part=Part(*run.part)) as shards,
     ):
-        while shards.unfinished:
-            for shard in shards.free():
+        for free in shards.passes():
+            for shard in free:
                 encode(shard, bar.update)
                 shards.committed()
                 num_encoded += len(shard)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from sparsekd.bank.embeddings import EmbeddingBank
 from sparsekd.bank.scores import TeacherScores
-from sparsekd.bank.sharing import Part, Positions, SharedShards
+from sparsekd.bank.sharing import Items, Part, Positions, SharedShards
 from sparsekd.bank.sparse import SparseBank
 from sparsekd.bank.text_key import text_keys
 from sparsekd.recipe import Run, Teacher
@@ -240,8 +240,8 @@ def _commit_shards(pairs: _Pairs, score: ScoreShards, name: str, run: Run, score
         progress(f"{name}, {(total - todo) / max(1, total):.0%} of {total} reused", total=todo, unit="pairs") as bar,
         _shared(pairs, run, scores) as shards,
     ):
-        while shards.unfinished:
-            for gold_sim in score(shards.free(), bar):
+        for free in shards.passes():
+            for gold_sim in score(free, bar):
                 shard = shards.oldest
                 pairs.gold_sim[shard] = gold_sim
                 _append(pairs, shard, scores)
@@ -263,16 +263,9 @@ def _shared(pairs: _Pairs, run: Run, scores: TeacherScores) -> SharedShards:
     def known(positions: Positions) -> NDArray[np.bool_]:
         return ~np.isnan(scores.lookup(pairs.query_keys[positions], pairs.passage_keys[positions]))
 
-    return SharedShards(
-        scores.folder,
-        np.concatenate([pairs.query_keys, pairs.passage_keys], axis=1),
-        pairs.order,
-        pairs.missing,
-        known,
-        size=run.shard_pairs,
-        part=Part(*run.part),
-        describe=pairs.describe,
-    )
+    keys = np.concatenate([pairs.query_keys, pairs.passage_keys], axis=1)
+    items = Items(keys, pairs.order, pairs.missing, known, pairs.describe)
+    return SharedShards(scores.folder, items, size=run.shard_pairs, part=Part(*run.part))
 
 
 def _append(pairs: _Pairs, shard: Positions, scores: TeacherScores) -> None:

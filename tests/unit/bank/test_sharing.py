@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsekd.bank.sharing import DEATHS, Part, Positions, QuarantineError, SharedShards
+from sparsekd.bank.sharing import DEATHS, Items, Part, Positions, QuarantineError, SharedShards
 
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
 import numpy as np
-from sparsekd.bank.sharing import Part, SharedShards
+from sparsekd.bank.sharing import Items, Part, SharedShards
 
 folder, count, size, index, of, poison, seconds = sys.argv[1:]
 folder, poison = Path(folder), {int(each) for each in poison.split(",") if each}
@@ -33,9 +33,12 @@ def known(positions):
 items = np.arange(int(count))
 keys = items.astype(np.uint64)[:, None]
 part = Part(int(index), int(of))
-with SharedShards(folder, keys, items, ~known(items), known, size=int(size), part=part, describe=str) as shards:
-    while shards.unfinished:
-        for piece in shards.free():
+(banked.parent / f"ready-{index}").touch()
+while len(list(banked.parent.glob("ready-*"))) < part.of:  # imports take longer than the work
+    time.sleep(0.001)
+with SharedShards(folder, Items(keys, items, ~known(items), known, str), size=int(size), part=part) as shards:
+    for free in shards.passes():
+        for piece in free:
             for item in piece.tolist():
                 if item in poison:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -84,16 +87,9 @@ class Bank:
         self.is_known = np.zeros(count, dtype=bool)
 
     def shared(self, folder: Path, size: int, part: Part = ALONE) -> SharedShards:
-        return SharedShards(
-            folder,
-            self.items.astype(np.uint64)[:, None],
-            self.items,
-            ~self.is_known,
-            lambda positions: self.is_known[positions],
-            size=size,
-            part=part,
-            describe="item {}".format,
-        )
+        keys = self.items.astype(np.uint64)[:, None]
+        items = Items(keys, self.items, ~self.is_known, lambda positions: self.is_known[positions], "item {}".format)
+        return SharedShards(folder, items, size=size, part=part)
 
 
 @given(count=st.integers(0, 40), size=st.integers(1, 12), known=st.sets(st.integers(0, 39)), of=st.integers(1, 5), data=st.data())
@@ -109,8 +105,8 @@ def test_one_process_is_given_every_missing_item_once_wherever_it_begins(
     folder = tmp_path_factory.mktemp("bank") / "scores" / "key"
 
     with bank.shared(folder, size, part) as shards:
-        while shards.unfinished:
-            for piece in shards.free():
+        for free in shards.passes():
+            for piece in free:
                 bank.is_known[piece] = True
                 given_items += piece.tolist()
                 shards.committed()
@@ -123,25 +119,25 @@ def test_one_process_is_given_every_missing_item_once_wherever_it_begins(
 def test_what_another_holds_is_passed_over_and_taken_once_it_is_let_go(folder: Path) -> None:
     bank = Bank(6)
     with bank.shared(folder, 3) as ours, bank.shared(folder, 3) as theirs:
-        held = next(iter(ours.free()))
-        others = [piece.tolist() for piece in theirs.free()]
+        held = next(next(ours.passes()))
+        others = [piece.tolist() for piece in next(theirs.passes())]
 
     assert (held.tolist(), others) == ([0, 1, 2], [[3, 4, 5]])
     with bank.shared(folder, 3) as again:
-        assert [piece.tolist() for piece in again.free()] == [[0, 1, 2], [3, 4, 5]]
+        assert [piece.tolist() for piece in next(again.passes())] == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_an_error_counts_as_no_death(folder: Path) -> None:
     bank = Bank(4)
     for _ in range(2 * DEATHS):
         with contextlib.suppress(KeyboardInterrupt), bank.shared(folder, 4) as shards:
-            given_items = next(iter(shards.free())).tolist()
+            given_items = next(next(shards.passes())).tolist()
             raise KeyboardInterrupt
         assert given_items == [0, 1, 2, 3]
 
 
 def test_processes_share_the_work_and_none_is_done_twice(folder: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
-    processes = [start(60, 4, (number, 3), "", 0.002) for number in range(3)]
+    processes = [start(60, 4, (number, 3), "", 0.01) for number in range(3)]
 
     for process in processes:
         process.communicate(timeout=60)
@@ -165,6 +161,7 @@ def test_a_killed_process_s_shard_is_taken_over(folder: Path, start: Callable[..
     assert times_done(folder) == dict.fromkeys(range(8), 1)
 
 
+@pytest.mark.slow  # a process per death
 @pytest.mark.parametrize("poison", [5, 0, 15])
 def test_the_item_that_kills_is_found_and_everything_else_is_done(
     folder: Path, start: Callable[..., subprocess.Popen[str]], poison: int
@@ -186,6 +183,7 @@ def test_the_item_that_kills_is_found_and_everything_else_is_done(
     assert again.returncode == 1  # it stays there until somebody takes it out
 
 
+@pytest.mark.slow
 def test_two_items_that_kill_are_both_found(folder: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
     for _ in range(40):
         process = start(8, 8, (0, 1), "2,6")
@@ -212,15 +210,20 @@ def test_items_in_quarantine_are_named_and_nothing_else_is_refused(folder: Path)
         shards.refuse_quarantined("teacher t", bank.items)
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b'{"suspects": 3, "deaths": 1, "running": true}', b"\x00\xff", b'{"deaths": 9}'])
+OUTSIDE = b'{"suspects": [1, 9], "deaths": 3, "running": true}'
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b'{"suspects": 3, "deaths": 1, "running": true}', b"\x00\xff", b'{"deaths": 9}', OUTSIDE]
+)
 def test_a_claim_that_says_nonsense_is_as_good_as_none(folder: Path, content: bytes) -> None:
     bank = Bank(2)
     with bank.shared(folder, 2) as shards:
-        next(iter(shards.free()))
+        next(next(shards.passes()))
     claim = next(path for path in (folder.parent.parent / "claims" / "scores" / "key").iterdir())
     claim.write_bytes(content)
 
     with bank.shared(folder, 2) as again:
-        pieces: list[Positions] = list(again.free())
+        pieces: list[Positions] = list(next(again.passes()))
 
     assert [piece.tolist() for piece in pieces] == [[0, 1]]

@@ -19,7 +19,7 @@ from sparsekd.artifact import IntegrityError
 from sparsekd.evaluation.student import sparse_rankings
 from sparsekd.mining.ranking import to_ids
 from sparsekd.recipe import Run
-from sparsekd.retrieval import StudentEncoder, StudentIndex, building, find_or_build
+from sparsekd.retrieval import StudentEncoder, StudentIndex, building, encoder, find_or_build
 
 QUERIES = ["old river", "heat of the boundary layer", "queen of england", "the wave"]
 
@@ -34,7 +34,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def index(student_folder: Path, collection_folder: Path, tmp_path: Path) -> StudentIndex:
-    return find_or_build(student_folder, collection_folder, tmp_path / "indexes", Run())
+    return find_or_build(StudentEncoder(student_folder, Run()), collection_folder, tmp_path / "indexes")
 
 
 def test_blocks_hold_what_the_library_encodes_in_corpus_order(
@@ -69,7 +69,7 @@ def test_every_kind_of_student_is_searched_as_evaluation_ranks_it(
     section: dict[str, Any],
 ) -> None:
     folder = save_student(request.getfixturevalue(body), **section)
-    index = find_or_build(folder, collection_folder, tmp_path / "indexes")
+    index = find_or_build(StudentEncoder(folder, Run()), collection_folder, tmp_path / "indexes")
     queries = StudentEncoder(folder, Run()).encode(QUERIES, role="query")
 
     ids, scores = to_ids(*index.search(queries, 9), index.passage_ids)
@@ -91,7 +91,7 @@ def test_a_student_that_declares_the_cosine_scores_by_it(
     from sentence_transformers import SparseEncoder
 
     folder = save_student(tiny_masked_lm_folder, similarity="cosine")
-    index = find_or_build(folder, collection_folder, tmp_path / "indexes")
+    index = find_or_build(StudentEncoder(folder, Run()), collection_folder, tmp_path / "indexes")
     positions, scores = index.search(StudentEncoder(folder, Run()).encode(QUERIES[:1], role="query"), 100)
 
     model = SparseEncoder(str(folder), device="cpu")
@@ -150,11 +150,11 @@ def test_blocks_give_back_the_vectors_and_weights_each_passage(tmp_path: Path, b
 def test_encoding_in_blocks_of_any_size_gives_the_same_vectors(
     student_folder: Path, collection_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = find_or_build(student_folder, collection_folder, tmp_path / "whole")
-    monkeypatch.setattr(building, "TEXTS", 8)
+    whole = find_or_build(StudentEncoder(student_folder, Run()), collection_folder, tmp_path / "whole")
+    monkeypatch.setattr(encoder, "TEXTS", 8)
     monkeypatch.setattr(building, "BLOCK_PASSAGES", 16)
 
-    parts = find_or_build(student_folder, collection_folder, tmp_path / "parts")
+    parts = find_or_build(StudentEncoder(student_folder, Run()), collection_folder, tmp_path / "parts")
 
     assert [block.shape[0] for _, block in parts.blocks()] == [16, 16, 16, 13]
     np.testing.assert_allclose(vectors_of(parts).toarray(), vectors_of(whole).toarray(), atol=1e-6)
@@ -175,7 +175,7 @@ def test_the_same_student_and_passages_are_found_and_nothing_is_encoded(
 
     monkeypatch.setattr(StudentEncoder, "encode_blocks", no_texts)
 
-    again = find_or_build(student_folder, collection_folder, tmp_path / "indexes", Run(batch_tokens=99))
+    again = find_or_build(StudentEncoder(student_folder, Run(batch_tokens=99)), collection_folder, tmp_path / "indexes")
 
     assert again.artifact.folder == index.artifact.folder
 
@@ -184,11 +184,12 @@ def test_a_changed_passage_or_student_makes_another_index(
     index: StudentIndex, save_student: Callable[..., Path], tiny_masked_lm_folder: Path, student_folder: Path,
     collection_folder: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
-    other_student = find_or_build(save_student(tiny_masked_lm_folder), collection_folder, tmp_path / "indexes")
+    student = StudentEncoder(save_student(tiny_masked_lm_folder), Run())
+    other_student = find_or_build(student, collection_folder, tmp_path / "indexes")
     corpus = collection_folder / "corpus.jsonl"
     corpus.write_text(corpus.read_text(encoding="utf-8") + '{"_id": "new", "text": "a cat"}\n', encoding="utf-8")
 
-    other_passages = find_or_build(student_folder, collection_folder, tmp_path / "indexes")
+    other_passages = find_or_build(StudentEncoder(student_folder, Run()), collection_folder, tmp_path / "indexes")
 
     assert len({index.artifact.key, other_student.artifact.key, other_passages.artifact.key}) == 3
 
@@ -201,7 +202,7 @@ def test_offsets_are_where_the_passages_lines_begin(index: StudentIndex, collect
 
 
 def test_two_builds_give_the_same_bytes(student_folder: Path, collection_folder: Path, tmp_path: Path) -> None:
-    builds = [find_or_build(student_folder, collection_folder, tmp_path / name) for name in ("one", "two")]
+    builds = [find_or_build(StudentEncoder(student_folder, Run()), collection_folder, tmp_path / name) for name in ("one", "two")]
 
     assert files_of(builds[0].artifact.folder) == files_of(builds[1].artifact.folder)
 
@@ -223,7 +224,7 @@ def test_a_missing_block_is_refused_by_name(
     (index.artifact.folder / "blocks" / "00000.starts.npy").unlink()
 
     with pytest.raises(IntegrityError, match=r"00000\.starts\.npy: missing, its manifest lists it; remove"):
-        find_or_build(student_folder, collection_folder, tmp_path / "indexes")
+        find_or_build(StudentEncoder(student_folder, Run()), collection_folder, tmp_path / "indexes")
 
 
 def test_a_build_killed_between_blocks_publishes_nothing_and_the_next_one_sweeps(
@@ -232,20 +233,22 @@ def test_a_build_killed_between_blocks_publishes_nothing_and_the_next_one_sweeps
     program = f"""
 import os, signal
 from pathlib import Path
-from sparsekd.retrieval import building
-building.TEXTS, building.BLOCK_PASSAGES = 8, 16
+from sparsekd.recipe import Run
+from sparsekd.retrieval import building, encoder
+encoder.TEXTS, building.BLOCK_PASSAGES = 8, 16
 add = building.IndexWriter.add
 def add_and_die(writer, vectors):
     add(writer, vectors)
     if len(writer.block_passages) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 building.IndexWriter.add = add_and_die
-building.find_or_build(Path({str(student_folder)!r}), Path({str(collection_folder)!r}), Path({str(tmp_path / "indexes")!r}))
+student = encoder.StudentEncoder(Path({str(student_folder)!r}), Run())
+building.find_or_build(student, Path({str(collection_folder)!r}), Path({str(tmp_path / "indexes")!r}))
 """
     killed = subprocess.run([sys.executable, "-c", program], env=dict(os.environ), capture_output=True, text=True, check=False)
     left = [path.name for path in (tmp_path / "indexes").iterdir()]
 
-    index = find_or_build(student_folder, collection_folder, tmp_path / "indexes")
+    index = find_or_build(StudentEncoder(student_folder, Run()), collection_folder, tmp_path / "indexes")
 
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(left) == 1
@@ -260,7 +263,7 @@ def test_a_malformed_passage_is_refused_before_any_text_is_encoded(
     corpus.write_text(corpus.read_text(encoding="utf-8") + '{"_id": "p0", "text": "another"}\n', encoding="utf-8")
 
     with pytest.raises(ValueError, match=r"corpus\.jsonl:64: found _id 'p0' again with another text"):
-        find_or_build(student_folder, collection_folder, tmp_path / "indexes")
+        find_or_build(StudentEncoder(student_folder, Run()), collection_folder, tmp_path / "indexes")
     assert not (tmp_path / "indexes").exists()
 
 
