@@ -15,7 +15,7 @@ import numpy as np
 from sparsekd.collection.reading import refusal, shown, text_lines
 
 # Not all that float() takes: 1_000 is 1 to trec_eval, and digits of other scripts are 0.
-_DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_DECIMAL = re.compile(r"[+-]?([0-9]+(?:\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _COLUMNS = ("query_id", "Q0", "doc_id", "rank", "score", "tag")
 
 
