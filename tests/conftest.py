@@ -6,9 +6,10 @@ copies it first. Hidden width 32, 2 layers, 2 heads; letters are in the vocabula
 
 from __future__ import annotations
 
+import logging
 import os
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ def tiny_vocabulary() -> list[str]:
     """Return the special tokens, the words, then single letters, digits and marks with their ``##`` continuations."""
     single = list(string.ascii_lowercase + string.digits + string.punctuation)
     return [*SPECIAL_TOKENS, *WORDS, *single[1:], *(f"##{character}" for character in single)]
+
+
+@pytest.fixture(autouse=True)
+def own_log_handlers() -> Iterator[None]:
+    """Take away the handlers that a stage run in this process has left: their stream ends with the test."""
+    before, level = list(logging.root.handlers), logging.root.level
+    yield
+    logging.root.handlers[:] = [handler for handler in logging.root.handlers if handler in before]
+    logging.root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

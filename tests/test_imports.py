@@ -17,7 +17,7 @@ PACKAGE = ROOT / "src" / "sparsekd"
 
 # A room may import rooms of an earlier or its own line; within a line, not in a circle.
 LINES = (
-    ("overrides", "recipe", "artifact", "model_folder", "model_reference", "provenance", "device", "collection"),
+    ("overrides", "quiet", "recipe", "artifact", "model_folder", "model_reference", "provenance", "device", "collection"),
     ("packed_body",),
     ("bank",),
     ("mining", "teachers"),

@@ -20,6 +20,7 @@ from sparsekd.artifact import IntegrityError
 from sparsekd.bank.sharing import QuarantineError
 from sparsekd.plan import Plan
 from sparsekd.provenance import command, heard_warnings
+from sparsekd.quiet import quieten_libraries
 from sparsekd.recipe import load_recipe
 from sparsekd.study import FailedMembersError
 from sparsekd.training.stopping import StoppedError
@@ -128,11 +129,6 @@ def _prepare(log_level: str, threads: int | None) -> None:
     level = log_level if _is_first() else "WARNING"
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     heard_warnings().messages.clear()
-    for name in ("httpx", "sentence_transformers", "transformers", "datasets", "faiss", "filelock", "bm25s"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # transformers reports every key of a checkpoint that it leaves out; what matters of it is checked where models are built.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    quieten_libraries()
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -13,6 +13,7 @@ from sparsekd.cli.exports import export
 from sparsekd.cli.imports import import_scores
 from sparsekd.cli.search import encode, search
 from sparsekd.cli.settings import LOOK
+from sparsekd.quiet import quieten_libraries
 
 app = typer.Typer(**LOOK, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(bank, name="bank", help="Show, verify, repair and sweep what teachers and encoders already answered.")
@@ -25,3 +26,4 @@ app.add_typer(export, name="export", help="Write what was made in the forms that
 @app.callback()
 def sparsekd() -> None:
     """Distil rankers into learned sparse retrievers. Experiments are recipes, run by make; this is what one does beside."""
+    quieten_libraries()
