@@ -17,9 +17,11 @@ PACKAGE = ROOT / "src" / "sparsekd"
 
 # A room may import rooms of an earlier or its own line; within a line, not in a circle.
 LINES = (
-    ("overrides", "quiet", "recipe", "artifact", "model_folder", "model_reference", "provenance", "device", "collection"),
+    ("overrides", "quiet", "interruption", "recipe", "artifact", "model_folder", "model_reference", "provenance", "device"),
+    ("collection",),
     ("packed_body",),
     ("bank",),
+    ("runners",),
     ("mining", "teachers"),
     ("labels",),
     ("students", "training"),
@@ -39,7 +41,9 @@ STAGE_1 = {"mining", "teachers"}
 STAGE_2 = {"students", "training"}
 WITHOUT_TORCH = (
     *LINES[0],
+    "collection",
     "bank",
+    "runners",
     "labels",
     "plan",
     "doctor",

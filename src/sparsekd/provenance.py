@@ -11,6 +11,7 @@ import platform
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,12 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def is_ours(error: Exception) -> bool:
+    """Tell a refusal, raised by this package with a message for people, from a library's error that nobody foresaw."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return Path(__file__).parent in raised_in.parents
 
 
 def command(arguments: Sequence[str] | None = None) -> str:

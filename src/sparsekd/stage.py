@@ -1,8 +1,8 @@
 """The frame around every stage script: arguments, logging, errors, exit codes.
 
 A stage takes one recipe, logs to stderr, and prints the folder it made or found as the last line of stdout. Exit 0 done or hit,
-1 failed, 2 bad input, 3 done but for what is in quarantine, 128 + the signal's number where a signal ended the training after a
-whole step. Of several processes that a launcher started, the first speaks; the others say warnings and errors only.
+1 failed, 2 bad input, 3 done but for what is in quarantine, 128 + the signal's number where SIGINT or SIGTERM ended it; training
+finishes its step first. Of several processes that a launcher started, the first speaks; the others say warnings and errors only.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pathlib import Path
 
 from sparsekd.artifact import IntegrityError
 from sparsekd.bank.sharing import QuarantineError
+from sparsekd.interruption import exit_code, terminable
 from sparsekd.plan import Plan
-from sparsekd.provenance import command, heard_warnings
+from sparsekd.provenance import command, heard_warnings, is_ours
 from sparsekd.quiet import quieten_libraries
 from sparsekd.recipe import load_recipe
 from sparsekd.study import FailedMembersError
@@ -53,7 +54,8 @@ def run_stage(
         if options.dry_run:
             sys.stdout.write((describe or _describe)(plan, kinds) + "\n")
             return 0
-        folder = stage(plan)
+        with terminable():
+            folder = stage(plan)
     except QuarantineError as error:
         sys.stderr.write(f"error: {error}\n")
         return 3
@@ -61,7 +63,7 @@ def run_stage(
         sys.stderr.write(f"error: {error}\n")
         return 1
     except (ValueError, FileNotFoundError) as error:
-        if not _is_ours(error):
+        if not is_ours(error):
             traceback.print_exc()
             return 1
         sys.stderr.write(f"error: {error}\n")
@@ -76,9 +78,10 @@ def run_stage(
         if _is_first():
             sys.stderr.write(f"{stopped}\ngo on with: {_launched()}\n")
         return 128 + stopped.number
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; what was committed stays, the same command goes on from there\n")
-        return 130
+    except KeyboardInterrupt as interrupt:
+        if _is_first():
+            sys.stderr.write(f"interrupted; what was committed stays; go on with: {_launched()}\n")
+        return exit_code(interrupt)
     except Exception:
         traceback.print_exc()
         return 1
@@ -102,12 +105,6 @@ def _launched() -> str:
     """Return the command line, with the launcher that started several processes of it on this machine."""
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return command() if processes == "1" else f"torchrun --nproc-per-node {processes} {command().removeprefix('python ')}"
-
-
-def _is_ours(error: Exception) -> bool:
-    """Tell a refusal, raised by this package with a message for people, from a library's error that nobody foresaw."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return Path(__file__).parent in raised_in.parents
 
 
 def _parser(description: str) -> argparse.ArgumentParser:

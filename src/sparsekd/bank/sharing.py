@@ -69,6 +69,19 @@ class Items:
     """Names an item for people."""
 
 
+def attempts(bank: Path) -> frozenset[tuple[str, bytes]]:
+    """Return what a bank tells of the shards that processes hold, or died of: it changes with every attempt at one."""
+    claims = [path for path in (bank / CLAIMS).glob("*/*/*") if path.is_file()]
+    return frozenset((path.name, _content(path)) for path in [*claims, *(bank / CLAIMS).glob(f"*/*/{QUARANTINE}/*")])
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:  # finished since it was listed
+        return b""
+
+
 class SharedShards:
     """Items in shards, as one process sees them; a context manager that gives up its claims at the end."""
 

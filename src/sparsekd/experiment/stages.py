@@ -14,6 +14,7 @@ from sparsekd.bank.manifest import locked
 from sparsekd.doctor import describe, examined
 from sparsekd.experiment.scoring import score_pairs
 from sparsekd.experiment.sources import Experiment, MinerVectors, TeacherVectors
+from sparsekd.experiment.worker import share_stage_1
 from sparsekd.labels.building import build_table, scored_teachers
 from sparsekd.labels.rows import choose_rows
 from sparsekd.labels.score_table import ScoreTable
@@ -62,6 +63,9 @@ def score_table(experiment: Experiment) -> ScoreTable:
     if hit is not None:
         logger.info("table %s: hit, no pair scored", hit.key)
         return _examined(experiment, ScoreTable.open(hit.folder))
+    if experiment.recipe.run.workers > 1:
+        share_stage_1(experiment)
+        return ScoreTable.open(plan.folder("tables", plan.table_fields))  # which the workers have examined
     mined = candidates(experiment)
     started = time.monotonic()
     teachers = [experiment.teacher(name) for name in scored_teachers(experiment.recipe)]

@@ -5,6 +5,8 @@ Unknown keys are refused with the nearest known one. Imports no torch; loading c
 """
 
 from sparsekd.recipe.loading import load_recipe as load_recipe
+from sparsekd.recipe.loading import recipe_document as recipe_document
+from sparsekd.recipe.loading import recipe_of as recipe_of
 from sparsekd.recipe.loading import study_members as study_members
 from sparsekd.recipe.mining import BM25Miner as BM25Miner
 from sparsekd.recipe.mining import DenseMiner as DenseMiner

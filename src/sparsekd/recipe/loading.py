@@ -43,7 +43,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         raise ValueError(f"{path}: not valid TOML: {error}") from error
     for override in overrides:
         apply_override(document, override)
-    return _validated(document, str(path))
+    return recipe_of(document, str(path))
 
 
 def study_members(recipe: Recipe) -> list[Member]:
@@ -65,8 +65,13 @@ def study_members(recipe: Recipe) -> list[Member]:
     return members
 
 
+def recipe_document(recipe: Recipe) -> dict[str, Any]:
+    """Return what the recipe sets, but for its study, as JSON would hold it: ``recipe_of`` gives the recipe again."""
+    return recipe.model_dump(mode="json", exclude_unset=True, exclude={"study"})
+
+
 def _member(recipe: Recipe, overrides: Sequence[str], place: str) -> Recipe:
-    document = recipe.model_dump(mode="json", exclude_unset=True, exclude={"study"})
+    document = recipe_document(recipe)
     for override in overrides:
         section = override.partition("=")[0].strip().partition(".")[0]
         if section not in SECTIONS:
@@ -76,10 +81,11 @@ def _member(recipe: Recipe, overrides: Sequence[str], place: str) -> Recipe:
             apply_override(document, override)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
-    return _validated(document, place)
+    return recipe_of(document, place)
 
 
-def _validated(document: dict[str, Any], place: str) -> Recipe:
+def recipe_of(document: dict[str, Any], place: str) -> Recipe:
+    """Validate what a recipe's TOML, or ``recipe_document``, holds; ValueError, whose lines begin with ``place``."""
     try:
         refuse_odd_values(document)
     except ValueError as error:

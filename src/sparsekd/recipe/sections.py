@@ -250,6 +250,9 @@ class Run(_Section):
     shard: str = Field(default="0/1", pattern=r"^\d+/[1-9]\d*$")
     """``i/N``, what ``--shard`` sets: which of N processes this is that run one recipe over one cache. It decides with which shards
     a process begins; all of them go on until everything is banked, so one alone finishes too."""
+    workers: int = Field(default=1, ge=1, le=1024)
+    """Processes that share stage 1, each with a copy of the teacher; ``threads`` are then each one's, by default its share of the
+    cores. ``device = "cuda"`` gives each a GPU in turn."""
     shard_passages: int = Field(default=20_000, ge=1)
     """Passages whose vectors a miner searches at once, so that no collection is larger than memory: 8 bytes a dim with FAISS's own
     copy, 61 MB at width 384."""
