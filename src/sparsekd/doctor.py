@@ -259,10 +259,10 @@ def _untrained_run(plan: Plan) -> Artifact | None:
     if not any((plan.cache / "runs").glob("*/manifest.json")):
         return None
     try:
-        fields = plan.system_fields()["student:untrained"]
+        fields = plan.system_fields().get("student:untrained")
     except (FileNotFoundError, ValueError):  # no such split or student: for the stage that needs them to refuse
         return None
-    return plan.hit("runs", fields)
+    return None if fields is None else plan.hit("runs", fields)
 
 
 def _spread(run: Artifact) -> float | None:

@@ -268,9 +268,10 @@ class Plan:
             if teacher.kind not in ("dense", "sparse"):
                 system |= {**bm25, "rerank_depth": evaluation.rerank_depth}
             systems[f"teacher:{teacher.name}"] = system
-        systems["student:untrained"] = {"system": "student", "untrained": self.untrained_fields}
-        for name, plan in self.plan_by_student.items():
-            systems[name] = {"system": "student", "trained": key_of(plan.student_fields)}
+        if evaluation.students:
+            systems["student:untrained"] = {"system": "student", "untrained": self.untrained_fields}
+            for name, plan in self.plan_by_student.items():
+                systems[name] = {"system": "student", "trained": key_of(plan.student_fields)}
         return {name: {**common, **fields} for name, fields in systems.items()}
 
     def folder(self, kind: str, fields: Mapping[str, Any]) -> Path:

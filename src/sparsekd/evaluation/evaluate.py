@@ -48,7 +48,8 @@ class _Ranked:
 
 
 def evaluate(experiment: Experiment) -> Artifact:
-    """Find or make the evaluation: ``metrics.json`` and one TREC run file per system. Trains the student first if it must."""
+    """Find or make the evaluation: ``metrics.json`` and one TREC run file per system. Trains the student first if it is
+    measured and must be."""
     plan, fields = experiment.plan, experiment.plan.evaluation_fields()
     hit = plan.hit("evaluations", fields)
     if hit is not None:
@@ -58,11 +59,11 @@ def evaluate(experiment: Experiment) -> Artifact:
     for teacher in experiment.recipe.teachers:
         if isinstance(teacher, FileTeacher):
             logger.info("teacher:%s is not measured: imported scores rank only what they hold", teacher.name)
-    trained = student(experiment)
+    trained = {"student": student(experiment).key} if experiment.recipe.evaluation.students else {}
     runs = {name: _system(experiment, name, system) for name, system in plan.system_fields().items()}
     figures = {name: json.loads((run.folder / METRICS).read_text(encoding="utf-8")) for name, run in runs.items()}
     folder = plan.folder("evaluations", fields)
-    extra = {**experiment.provenance(), "student": trained.key}
+    extra = {**experiment.provenance(), **trained}
     with publish(folder, kind="evaluation", fields=fields, extra=extra) as temporary:
         write_json_atomically(temporary / METRICS, {"split": experiment.recipe.evaluation.split, "systems": figures})
         for name, run in runs.items():

@@ -226,6 +226,8 @@ class Evaluation(_Section):
 
     split: Literal["dev", "test"] = "test"
     """Which qrels."""
+    students: bool = True
+    """Measure the students, training them first if need be; off, to see what BM25 and the teachers are worth before any is."""
     rerank_depth: int = Field(default=100, ge=1)
     """BM25 passages that a teacher of pairs reranks: any but dense, sparse and bm25."""
     k1: float = Field(default=0.9, gt=0)
