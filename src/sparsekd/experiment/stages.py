@@ -63,7 +63,7 @@ def score_table(experiment: Experiment) -> ScoreTable:
     if hit is not None:
         logger.info("table %s: hit, no pair scored", hit.key)
         return _examined(experiment, ScoreTable.open(hit.folder))
-    if experiment.recipe.run.workers > 1:
+    if experiment.recipe.run.is_shared:
         share_stage_1(experiment)
         return ScoreTable.open(plan.folder("tables", plan.table_fields))  # which the workers have examined
     mined = candidates(experiment)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Hashable
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 from sparsekd.artifact import IntegrityError
 from sparsekd.bank.sharing import QuarantineError, attempts
 from sparsekd.experiment.sources import Experiment
+from sparsekd.plan import Plan
 from sparsekd.provenance import is_ours
 from sparsekd.quiet import quieten_libraries
 from sparsekd.recipe import recipe_document, recipe_of
-from sparsekd.runners import LocalWorkers, Task, supervise
+from sparsekd.runners import LocalWorkers, Task, Workers, supervise
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,16 @@ def share_stage_1(experiment: Experiment) -> None:
         return attempts(experiment.plan.cache / "bank")
 
     logger.info("%d workers share stage 1", run.workers)
-    supervise(LocalWorkers(task, run.threads), run.workers, noted)
+    supervise(_workers(task, experiment.plan), run.workers, noted)
+
+
+def _workers(task: Task, plan: Plan) -> Workers:
+    run = plan.recipe.run
+    if run.runner == "local":
+        return LocalWorkers(task, run.threads)
+    from sparsekd.runners.cluster import RayWorkers
+
+    return RayWorkers(task, address=run.address, cpus=run.threads or 1, gpus=run.gpus_per_worker, cache=plan.cache)
 
 
 def work(document: dict[str, Any], number: int) -> tuple[str, str] | None:
@@ -43,11 +54,13 @@ def work(document: dict[str, Any], number: int) -> tuple[str, str] | None:
     Returns None when the table stands, or the class name and the message of what the stage refuses; other errors are raised.
     """
     from sparsekd.experiment.stages import score_table
-    from sparsekd.plan import Plan
 
+    os.chdir(document["folder"])  # what relative paths of the recipe mean
     recipe = recipe_of(document["recipe"], "recipe")
-    part = {"shard": f"{number}/{recipe.run.workers}", "workers": 1}
-    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=part)})
+    index, of = recipe.run.part  # of jobs that each have so many workers
+    part = f"{index * recipe.run.workers + number}/{of * recipe.run.workers}"
+    alone = {"shard": part, "workers": 1, "runner": "local", "address": None, "gpus_per_worker": 0.0}
+    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=alone)})
     _prepare(recipe.run.log_level, number)
     sys.argv = document["argv"]  # manifests say what people can run again
     try:

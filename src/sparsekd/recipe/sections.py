@@ -253,8 +253,14 @@ class Run(_Section):
     """``i/N``, what ``--shard`` sets: which of N processes this is that run one recipe over one cache. It decides with which shards
     a process begins; all of them go on until everything is banked, so one alone finishes too."""
     workers: int = Field(default=1, ge=1, le=1024)
-    """Processes that share stage 1, each with a copy of the teacher; ``threads`` are then each one's, by default its share of the
-    cores. ``device = "cuda"`` gives each a GPU in turn."""
+    """Processes that share stage 1, each with a copy of the teacher. ``threads`` are then each one's, by default its share of the
+    cores (1 on a Ray cluster); ``device = "cuda"`` gives each a GPU in turn."""
+    runner: Literal["local", "ray"] = "local"
+    """Where workers run: on this machine, or on a Ray cluster whose nodes see ``cache`` and the collection at the same paths."""
+    address: str | None = None
+    """The Ray cluster's, e.g. ``auto`` on one of its nodes or ``10.0.0.1:6379``; None starts a cluster on this machine."""
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    """GPUs that Ray reserves for each worker; a fraction lets several share one."""
     shard_passages: int = Field(default=20_000, ge=1)
     """Passages whose vectors a miner searches at once, so that no collection is larger than memory: 8 bytes a dim with FAISS's own
     copy, 61 MB at width 384."""
@@ -276,6 +282,18 @@ class Run(_Section):
         if index >= of:
             raise ValueError(f"{shard!r}: expected i/N with i from 0 to N - 1")
         return shard
+
+    @model_validator(mode="after")
+    def _cluster_is_asked_for(self) -> Self:
+        for key in ("address", "gpus_per_worker"):
+            if self.runner != "ray" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"[run] {key} acts on runner = 'ray' only; remove the key, or set run.runner = 'ray'")
+        return self
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether stage 1 is left to workers."""
+        return self.workers > 1 or self.runner == "ray"
 
     @property
     def part(self) -> tuple[int, int]:

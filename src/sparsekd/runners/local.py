@@ -20,7 +20,7 @@ END_SECONDS = 10.0
 
 
 class LocalWorkers:
-    """Processes ``python -m sparsekd.runners.worker``, each with a share of the compute threads; see ``Workers``."""
+    """Processes ``python -P -m sparsekd.runners.worker``, each with a share of the compute threads; see ``Workers``."""
 
     def __init__(self, task: Task, threads: int | None = None) -> None:
         """``threads`` are each worker's; None divides this process's cores among them."""
@@ -46,7 +46,7 @@ class LocalWorkers:
     def start(self, number: int) -> None:
         """Start worker ``number``."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "sparsekd.runners.worker"],
+            [sys.executable, "-P", "-m", "sparsekd.runners.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
