@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import subprocess
+import sys
 import tomllib
 import types
 import typing
@@ -15,7 +18,8 @@ import typer.main
 from pydantic import BaseModel
 
 from sparsekd.cli import app
-from sparsekd.recipe import Recipe
+from sparsekd.collection import read_collection
+from sparsekd.recipe import Recipe, load_recipe
 from sparsekd.stage import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,9 +42,19 @@ ENDINGS = (".py", ".toml", ".md", ".txt", ".jsonl", ".tsv", ".yaml")
 # Flags of other people's programs that our documents may show.
 FOREIGN_FLAGS = {"--constraint", "--editable", "--help", "--version", "--nproc-per-node", "--strict"}
 
+# Pages whose blocks of TOML are parts of recipes, and what is put around a part.
+GUIDES = ("your-collection.md", "your-teacher.md", "choosing.md")
+REST = {
+    "collection": '[collection]\npath = "c"\n',
+    "mining": '[[mining.miners]]\nkind = "bm25"\nquota = 8\n',
+    "teachers": '[[teachers]]\nname = "minilm"\nkind = "dense"\nmodel = "m"\n[[teachers]]\nname = "lexical"\nkind = "bm25"\n',
+    "student": '[student]\nmodel = "m"\n',
+}
+
 SPAN = re.compile(r"`([^`\n]+)`")
 FENCED = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:(?<=\n\n)|\A)((?:    [^\n]*\n|\n(?=    ))+)")
+QUOTE = re.compile(r"(?:^> [^\n]*\n?)+", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 MAKE = re.compile(r"\bmake ((?:[a-z][a-z-]*\b(?!=)[ ]?)+)")
 VARIABLE = re.compile(r"\b([A-Z]+)=")
@@ -343,3 +357,89 @@ def test_a_block_of_toml_is_read_whole() -> None:
 
     assert keys_of(text) == {("teachers",), ("teachers", "name"), ("teachers", "fields"), ("teachers", "fields", "b"), ("labels",),
                              ("labels", "kidn")}  # fmt: skip
+
+
+def quotes_of(text: str) -> list[str]:
+    """Return the block quotes: what the program says, with … for what differs."""
+    return [re.sub(r"^> ?", "", block, flags=re.MULTILINE).replace("\n", " ").strip() for block in QUOTE.findall(text)]
+
+
+def said_in(source: str) -> Iterator[str]:
+    """Yield the text constants of a module; of an f-string with … in place of its values."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield re.sub(r"%(\.\d+)?[sdfg]", "…", node.value)
+
+
+def is_said(quote: str, said: Iterable[str]) -> bool:
+    """Whether one message has the words of the quote in their order; values and what a message chooses from stand as …."""
+    parts = [re.escape(part) for part in (piece.strip(" ") for piece in quote.split("…")) if part.strip(" ;:,.()'")]
+    return bool(parts) and any(re.search(r".*".join(parts), each) for each in said)
+
+
+@pytest.fixture(scope="module")
+def said() -> list[str]:
+    """What the program can say."""
+    return [each for path in (ROOT / "src").rglob("*.py") for each in said_in(path.read_text(encoding="utf-8"))]
+
+
+def test_every_quoted_message_is_one_that_the_program_says(document: Path, said: list[str]) -> None:
+    assert [quote for quote in quotes_of(document.read_text(encoding="utf-8")) if not is_said(quote, said)] == []
+
+
+@pytest.mark.parametrize(
+    ("quote", "expected"),
+    [("…: no such …; try …", True), ("…: no such file, friend", False), ("try …: no such", False), ("…", False)],
+)
+def test_a_quote_is_held_against_whole_messages(quote: str, expected: bool) -> None:
+    source = 'raise ValueError(f"{path}: no such file; "\n                 f"try {other}")'
+
+    assert is_said(quote, said_in(source)) is expected
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_every_part_of_a_recipe_in_a_guide_makes_a_recipe(name: str, tmp_path: Path) -> None:
+    """What a block leaves out of a recipe is filled in, with two teachers where it names none."""
+    for place, block in enumerate(filter(is_toml, blocks_of((ROOT / "docs" / name).read_text(encoding="utf-8")))):
+        part = tomllib.loads(block)
+        path = tmp_path / f"{place}.toml"
+        path.write_text(block + "".join(text for table, text in REST.items() if table not in part), encoding="utf-8")
+
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(("heading", "recipe"), [("The quickstart", "quickstart"), ("The ensemble, and its study", "ensemble")])
+def test_every_line_of_a_recipe_is_explained(heading: str, recipe: str) -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    section = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    lines = (ROOT / "pipeline" / "recipes" / f"{recipe}.toml").read_text(encoding="utf-8").splitlines()
+    settings = {re.sub(r"(^#| #).*", "", line).strip() for line in lines if not line.startswith(" ")} - {"", "]"}
+
+    assert sorted(settings - set(spans_of(section))) == []
+
+
+def test_every_recipe_is_in_the_table_of_recipes() -> None:
+    named = paths_of((ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"))
+
+    assert sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "pipeline" / "recipes").glob("*.toml")) == sorted(
+        path for path in named if path.startswith("pipeline/recipes/")
+    )
+
+
+def test_the_script_of_the_guide_makes_a_collection(tmp_path: Path) -> None:
+    [script] = FENCED.findall((ROOT / "docs" / "your-collection.md").read_text(encoding="utf-8"))
+    (tmp_path / "make_collection.py").write_text(script, encoding="utf-8")
+
+    subprocess.run([sys.executable, tmp_path / "make_collection.py", ROOT / "src", tmp_path / "names"], check=True)
+
+    collection = read_collection(tmp_path / "names")
+    assert set(collection.qrels) == {"train", "dev", "test"}
+    assert all(collection.qrels.values())
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    links = set(LINK.findall((ROOT / "README.md").read_text(encoding="utf-8")))
+
+    assert sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md") if f"docs/{path.name}" not in links) == []

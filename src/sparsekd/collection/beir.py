@@ -129,9 +129,18 @@ def collection_digest(folder: Path, names: Iterable[str]) -> dict[str, str]:
     for name in names:
         path = folder / name
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; expected it in the collection {folder}; check [collection] path")
+            raise FileNotFoundError(
+                f"{path}: no such file; expected it in the collection {folder}{_splits_there(folder, name)}; "
+                "check [collection] path"
+            )
         digests[name] = sha256_of_file(path)
     return digests
+
+
+def _splits_there(folder: Path, name: str) -> str:
+    """Say, where judgements are missing, which the collection has; nothing for another file."""
+    there = [split for split in SPLITS if (folder / "qrels" / f"{split}.tsv").is_file()]
+    return f", which has judgements for: {', '.join(there) or 'no split'}" if name.startswith("qrels/") else ""
 
 
 def _layout(folder: Path) -> dict[str, Path]:

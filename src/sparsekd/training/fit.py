@@ -15,6 +15,7 @@ from sparsekd.students.adapters import merge_adapters
 from sparsekd.students.building import build_student
 from sparsekd.students.fast import fast_student
 from sparsekd.students.identity import needs_passages, student_fields, training_fields
+from sparsekd.students.masked_lm import has_masked_lm_head
 from sparsekd.students.recomputation import recomputed
 from sparsekd.students.routes import check_columns, column_prompts, routes
 from sparsekd.training.arguments import check_device, training_arguments
@@ -57,7 +58,20 @@ def untrained_student(recipe: Recipe, collection: Collection) -> SparseEncoder:
     """Return the student as it is before step 0, with what starts from the collection's passages (IDF, warm-up, bias)."""
     check_device(recipe)
     passages = list(collection.passages.values()) if needs_passages(recipe.student) else None
-    return build_student(recipe.student, resolve(recipe.student.model).path, passages)
+    model = build_student(recipe.student, resolve(recipe.student.model).path, passages)
+    _warn_of_full_start(recipe)
+    return model
+
+
+def _warn_of_full_start(recipe: Recipe) -> None:
+    """Say that a head which starts as the identity has nearly every term active: slow steps, and far to go to a sparse student."""
+    student = recipe.student
+    if student.kind == "splade" and student.initial_active_dims is None and not has_masked_lm_head(resolve(student.model).path):
+        logger.warning(
+            "student: %s brings no masked-LM head and [student] initial_active_dims is not set, so nearly the whole vocabulary is "
+            "active at the start and every step is slow; set it to a few hundred",
+            student.model,
+        )
 
 
 def train(

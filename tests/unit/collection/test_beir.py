@@ -331,6 +331,16 @@ def test_digest_is_of_the_bytes_and_missing_files_are_named(tmp_path: Path) -> N
         collection_digest(tmp_path, ["qrels/dev.tsv"])
 
 
+@pytest.mark.parametrize(("splits", "told"), [(["dev", "test"], "dev, test"), ([], "no split")])
+def test_a_missing_split_is_refused_with_those_that_are_there(tmp_path: Path, splits: list[str], told: str) -> None:
+    (tmp_path / "qrels").mkdir()
+    for split in splits:
+        (tmp_path / "qrels" / f"{split}.tsv").write_text(HEADER)
+
+    with pytest.raises(FileNotFoundError, match=f"which has judgements for: {told}; check"):
+        collection_digest(tmp_path, ["qrels/train.tsv"])
+
+
 def test_the_sample_is_sound_and_small(sample_folder: Path) -> None:
     collection = read_collection(sample_folder)
 

@@ -160,6 +160,27 @@ def test_the_bias_of_a_trained_head_is_left_alone(
         untrained_student(recipe, collection)
 
 
+@pytest.mark.parametrize(("active", "is_warned"), [(None, True), (50, False)])
+def test_a_start_with_the_whole_vocabulary_active_is_said(
+    make_recipe: Callable[..., Recipe],
+    collection: Collection,
+    caplog: pytest.LogCaptureFixture,
+    active: int | None,
+    is_warned: bool,
+) -> None:
+    untrained_student(make_recipe(student={"initial_active_dims": active}), collection)
+
+    assert ("nearly the whole vocabulary is active at the start" in caplog.text) is is_warned
+
+
+def test_a_trained_head_is_not_told_how_to_start(
+    make_recipe: Callable[..., Recipe], collection: Collection, caplog: pytest.LogCaptureFixture, tiny_masked_lm_folder: Path
+) -> None:
+    untrained_student(make_recipe(student={"model": str(tiny_masked_lm_folder), "initial_active_dims": None}), collection)
+
+    assert "initial_active_dims" not in caplog.text
+
+
 def test_a_masked_lm_student_trains(
     make_recipe: Callable[..., Recipe], fit: Callable[..., TrainedStudent], tiny_masked_lm_folder: Path
 ) -> None:
