@@ -327,9 +327,9 @@ def show_bank(banks: Sequence[dict[str, Any]]) -> None:
 def show_table(figures: dict[str, Any]) -> None:
     """Print what finding a finished stage 1 costs."""
     print(
-        f"\nscore table of {figures['pairs']:,} pairs in {figures['rows']:,} rows, {figures['bytes_per_pair']:.1f} bytes a pair: made "
-        f"in {figures['build_s']:.1f} s and {figures['build_memory_mb']:.0f} MB; found and verified in {figures['hit_s']:.2f} s "
-        f"({figures['hit_wall_s']:.2f} s wall) and {figures['hit_memory_mb']:.0f} MB"
+        f"\nscore table of {figures['pairs']:,} pairs in {figures['rows']:,} rows, {figures['bytes_per_pair']:.1f} bytes a pair\n"
+        f"made in {figures['build_s']:.1f} s and {figures['build_memory_mb']:.0f} MB\n"
+        f"found and verified in {figures['hit_s']:.2f} s ({figures['hit_wall_s']:.2f} s wall) and {figures['hit_memory_mb']:.0f} MB"
     )
 
 
