@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ PASSAGES_PER_QUERY = 100
 ASKED = 200_000
 NUM_NEGATIVES = 8
 SMALLEST = 100_000
+HELD_PASSAGES = 100_000
 COLLECTIONS = {"MS MARCO": 8_841_823, "100 million": 100_000_000, "1 billion": 1_000_000_000}
 PAPER_PAIRS = (10**8, 10**10)
 PASSAGE_BYTES = 346  # MS MARCO's collection.tsv, 3.06 GB of 8.84 million
@@ -61,13 +62,14 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="sparsekd-bench-", dir=options.folder) as folder:
         banks = [measured_bank(Path(folder), size) for size in sizes_up_to(options.pairs)]
-        table = {
+        found = {
             **alone("build_table", Path(folder) / "table", options.table_pairs),
             **alone("open_table", Path(folder) / "table", options.table_pairs),
         }
-    figures = {"bench": "scale", "append_pairs": options.append_pairs, "bank": banks, "table": table, **small_rates()}
+        held = alone("hold", Path(folder) / "collection", HELD_PASSAGES)
+    figures = {"bench": "scale", "append_pairs": options.append_pairs, "bank": banks, "table": found, **held, **small_rates()}
     show_bank(banks)
-    show_table(table)
+    show_table(found)
     show_paper(options, figures)
     if options.plot:
         plot(banks, options.plot)
@@ -249,11 +251,46 @@ def open_table(cache: Path, _: int, __: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def hold(folder: Path, num_passages: int, _: argparse.Namespace) -> dict[str, Any]:
+    """Read a collection as stage 1 does, and list the pairs of 100 candidates a query: bytes of memory a passage, and a pair."""
+    from sparsekd.collection import read_collection
+    from sparsekd.labels.rows import filter_pairs
+    from sparsekd.mining.candidates import CandidateRow
+
+    (folder / "qrels").mkdir(parents=True)
+    with (folder / "corpus.jsonl").open("w", encoding="utf-8") as stream:
+        for number in range(num_passages):
+            text = f"{number} ".ljust(PASSAGE_BYTES, "x")
+            stream.write(json.dumps({"_id": f"passage-{number}", "title": "", "text": text}) + "\n")
+    (folder / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "which?"}) + "\n", encoding="utf-8")
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq\tpassage-0\t1\n", encoding="utf-8")
+    before, started = own_memory_mb(), time.process_time()
+    collection = read_collection(folder)
+    seconds, texts_mb = time.process_time() - started, own_memory_mb() - before
+    count = len(collection.passages)
+
+    def rows() -> Iterator[CandidateRow]:
+        for number in range(num_passages // PASSAGES_PER_QUERY):
+            ids = [f"passage-{place}" for place in range(PASSAGES_PER_QUERY)]  # of their own, as a file gives them
+            nothing: list[Any] = [None] * len(ids)
+            yield CandidateRow(f"query-{number}", ["passage-0"], ids, nothing, nothing, nothing)
+
+    before = own_memory_mb()
+    query_ids, _passage_ids = filter_pairs(rows())
+    pairs_mb = own_memory_mb() - before
+    return {
+        "read_passages_per_s": count / seconds,
+        "memory_bytes_per_passage": texts_mb * (1 << 20) / count,
+        "memory_bytes_per_pair": pairs_mb * (1 << 20) / len(query_ids),
+    }
+
+
 PARTS: dict[str, Callable[[Path, int, argparse.Namespace], dict[str, Any]]] = {
     "fill": fill,
     "ask": ask,
     "build_table": build_table,
     "open_table": open_table,
+    "hold": hold,
 }
 
 
@@ -276,10 +313,15 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while True:
-            status = Path("/proc/self/status").read_text(encoding="ascii")
-            self.peak_mb = max(self.peak_mb, int(status.split("RssAnon:")[1].split()[0]) / 1024)
+            self.peak_mb = max(self.peak_mb, own_memory_mb())
             if self._done.wait(0.01):
                 return
+
+
+def own_memory_mb() -> float:
+    """Return this process's memory that no file backs."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
 
 
 def small_rates() -> dict[str, float]:
@@ -359,6 +401,7 @@ def stages(passages: int, options: argparse.Namespace, figures: dict[str, Any]) 
     table_pairs = options.queries * (1 + NUM_NEGATIVES)
     return [
         Stage("digest of the texts", passages * PASSAGE_BYTES, "bytes", figures["sha256_bytes_per_s"], passages * PASSAGE_BYTES),
+        Stage("reading of the texts", passages, "passages", figures["read_passages_per_s"]),
         Stage("dense vectors of the passages", tokens, "tokens", options.encode_tokens_per_s, passages * (DENSE_WIDTH * 4 + 16)),
         Stage("exact dense search", products, "products", options.dense_products_per_s),
         Stage("teacher scores", pairs, "pairs", options.score_pairs_per_s),
@@ -374,6 +417,7 @@ def stages(passages: int, options: argparse.Namespace, figures: dict[str, Any]) 
 
 def show_paper(options: argparse.Namespace, figures: dict[str, Any]) -> None:
     """Print every stage of each collection, the shards, and the bank beyond what was simulated."""
+    pairs = options.queries * (options.candidates + 1)
     for name, passages in COLLECTIONS.items():
         print(f"\n{name}: {passages:,} passages, {options.queries:,} queries, {options.candidates} candidates each")
         rows = []
@@ -389,8 +433,10 @@ def show_paper(options: argparse.Namespace, figures: dict[str, Any]) -> None:
                     f"{stage.size / 1e9:,.1f}" if stage.size else "",
                 ]
             )
-        table(["stage", "work / rate of a core", "core seconds", f"on {options.cores} cores", "USD", "GB"], rows)
+        table(["stage", "work / rate of a core", "core seconds", f"on {options.cores} cores", "USD", "GB on disk"], rows)
         show_shards(passages, options)
+        texts, ids = passages * figures["memory_bytes_per_passage"], pairs * figures["memory_bytes_per_pair"]
+        print(f"memory of each process of stage 1: texts {texts / 1e9:,.1f} GB, ids of pairs {ids / 1e9:,.1f} GB")
     print()
     table(
         ["pairs", "GB", "full segments", "append, µs", "all appends, core hours", "look-up by query, µs", "open, s"],

@@ -251,8 +251,14 @@ def _merge_step(cuts: Sequence[tuple[npt.NDArray[Any], ...]]) -> tuple[npt.NDArr
 
 
 def _distinct(q0: Words, q1: Words) -> tuple[Words, Words, Positions]:
-    """Return the sorted distinct query keys (two words) and the place of each row's key among them."""
-    order = np.lexsort((q1, q0))
+    """Return the sorted distinct query keys (two words) and the place of each row's key among them.
+
+    One sort by the first word, a third of the time of a sort by both, is right unless two keys share it (once in 2^64 for digests).
+    """
+    order = np.argsort(q0, kind="stable")
+    before, after = order[:-1], order[1:]
+    if ((q0[before] == q0[after]) & (q1[before] != q1[after])).any():
+        order = np.lexsort((q1, q0))
     starts = _run_starts(np.stack((q0[order], q1[order]), axis=1))
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(order)))
