@@ -135,7 +135,7 @@ def find_fault(batch: pa.RecordBatch) -> str | None:
     return None if all(np.isfinite(vectors[rows[0] : rows[-1] + 1]).all() for rows in blocks) else "a vector that is not finite"
 
 
-def merge_segments(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+def merge_segments(batches: Sequence[pa.RecordBatch], _: Path) -> pa.RecordBatch:
     """Join segments into one; of a text in several, the first one's vector stays."""
     k0 = np.concatenate([to_numpy(batch.column("k0")) for batch in batches])
     k1 = np.concatenate([to_numpy(batch.column("k1")) for batch in batches])

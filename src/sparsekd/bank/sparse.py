@@ -141,7 +141,7 @@ def find_fault(batch: pa.RecordBatch) -> str | None:
     return None if not len(flat) or np.isfinite(to_numpy(values.values)).all() else "a value that is not finite"
 
 
-def merge_segments(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+def merge_segments(batches: Sequence[pa.RecordBatch], _: Path) -> pa.RecordBatch:
     """Join segments into one; of a text in several, the first one's vector stays."""
     import scipy.sparse
 

@@ -47,8 +47,8 @@ class Layout:
     """Segments are not merged beyond this size."""
     num_rows: Callable[[pa.RecordBatch], int]
     """Pairs or texts in a batch."""
-    merge: Callable[[Sequence[pa.RecordBatch]], pa.RecordBatch]
-    """Join sorted batches into one; of equal keys the first batch's row stays."""
+    merge: Callable[[Sequence[pa.RecordBatch], Path], pa.RecordBatch]
+    """Join sorted batches into one; of equal keys the first batch's row stays. The folder is for what memory would not hold."""
     find_fault: Callable[[pa.RecordBatch], str | None]
     """Say what in a batch no append would have written: another column, keys out of order, a number that is not finite."""
 
@@ -135,7 +135,7 @@ class SegmentStore:
         sources = [self._opened[name] for name in names if name in self._opened]
         if len(sources) != len(names):
             return  # repaired meanwhile
-        merged = self._layout.merge(sources)
+        merged = self._layout.merge(sources, self.folder)
         temporary, entry = write_segment(self.folder, merged, self._layout.num_rows(merged), self._owner)
         try:
             with locked(self.folder / LOCK):

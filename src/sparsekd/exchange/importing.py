@@ -68,7 +68,7 @@ class Imported:
 def import_scores(
     layout: Layout, path: Path, statement: Statement, *, cache: Path, collection: Path | None = None, skip_unknown: bool = False
 ) -> Imported:
-    """Bank the scores of a file under the stated identity, all or none (above 2^24 pairs segment by segment: run it again).
+    """Bank the scores of a file under the stated identity, all or none (above 2^28 pairs segment by segment: run it again).
 
     Ids are resolved by ``collection`` (a BEIR folder), whose qrels play no part; texts that it lacks are refused like unknown ids.
     Raises ValueError, and nothing is banked, for a layout without scores, any row that is not whole, a pair with two scores, or

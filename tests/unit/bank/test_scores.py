@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 from typing import Any
 
 import numpy as np
@@ -57,11 +59,13 @@ def test_answers_do_not_depend_on_the_order_of_the_questions(sample: Any, block:
     np.testing.assert_array_equal(sample.answers(bank, np.repeat(shuffled, 2)), np.repeat(expected[shuffled + 50], 2))
 
 
+@pytest.mark.parametrize("in_memory", [1 << 24, 32])
 @pytest.mark.parametrize("seed", range(4))
 def test_bank_agrees_with_a_dictionary_over_many_overlapping_appends(
-    sample: Any, seed: int, monkeypatch: pytest.MonkeyPatch
+    sample: Any, seed: int, in_memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scores, "_PAIRS_PER_MERGE_STEP", 64)  # several steps per merge
+    monkeypatch.setattr(scores, "_PAIRS_IN_MEMORY", in_memory)
     generator = np.random.default_rng(seed)
     bank, known = sample.open(), {}
     for _ in range(25):
@@ -103,7 +107,41 @@ def test_more_pairs_than_a_segment_holds_go_into_several(sample: Any) -> None:
 
     assert len(sample.segments(bank)) == 3
     assert bank.num_pairs == 300
-    assert MAX_SEGMENT_PAIRS * 100 < 2**31, "Arrow's list offsets are 32 bits"
+    assert MAX_SEGMENT_PAIRS < 2**31, "Arrow's list offsets are 32 bits"
+
+
+def test_a_merge_that_does_not_fit_on_the_disk_is_put_off_and_nothing_is_left(
+    sample: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(scores, "_PAIRS_IN_MEMORY", 0)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    bank = sample.open()
+    for start in (0, 50):
+        bank.append(*sample.pairs(np.arange(start, start + 50)))
+
+    assert len(sample.segments(bank)) == 2
+    assert sample.answers(sample.open(), np.arange(100)).tolist() == (np.arange(100) + 0.5).tolist()
+    assert "stored, but its segments could not be merged" in caplog.text
+    assert {path.suffix for path in bank.folder.iterdir() if not path.name.startswith(".")} == {".arrow", ".json"}
+
+
+def test_passages_out_of_order_are_found_wherever_a_check_begins(sample: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "_PAIRS_PER_MERGE_STEP", 7)  # 300 pairs, 20 a query: steps begin everywhere in a query
+    bank = sample.open()
+    bank.append(*sample.pairs(np.arange(300)))
+    (batch,) = bank._store.batches()
+    segment = scores._Segment(batch)
+    assert scores.find_fault(batch) is None
+
+    for pair in range(300):
+        p0 = segment.p0.copy()
+        p0[pair] = 0 if pair % 20 else np.iinfo(np.uint64).max
+        sizes = np.diff(segment.offsets).astype(np.int64)
+        changed = scores._batch(segment.first, segment.second, sizes, p0, segment.p1, segment.gold_sim)
+        assert scores.find_fault(changed) == "passages out of order", pair
 
 
 def test_what_one_process_appends_another_sees_without_opening_again(sample: Any) -> None:

@@ -151,10 +151,10 @@ def test_reader_that_finds_a_listed_segment_replaced_reads_the_manifest_again(
 def test_repair_during_a_compaction_wins(sample: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     victim = sample.segments(sample.fill())[1]
 
-    def merge_while_another_repairs(batches: Any) -> Any:
+    def merge_while_another_repairs(batches: Any, folder: Path) -> Any:
         victim.write_bytes(victim.read_bytes()[:-1] + b"x")
         upkeep.repair(victim.parent)
-        return merge_as_before(batches)
+        return merge_as_before(batches, folder)
 
     merge_as_before = scores.merge_segments
     monkeypatch.setattr(scores, "merge_segments", merge_while_another_repairs)
