@@ -1,8 +1,4 @@
-"""Several processes that train one student with the same script, on CPU: one publishes, killed ones go on, bits stay the same.
-
-What the launcher does (meet, stop all of them, pass a signal on) is tested with torchrun. Elsewhere two forked processes have the
-environment it would give them: a launch of it costs three interpreters' imports, 25 seconds of CPU.
-"""
+"""Several processes that train one student with the same script, on CPU: one publishes, killed ones go on, bits stay the same."""
 
 from __future__ import annotations
 
@@ -30,7 +26,7 @@ Content = Callable[[Path, str], dict[str, bytes]]
 
 
 def launch(workplace: Any, *overrides: str) -> subprocess.Popen[str]:
-    """Start two processes of stage 2 by torchrun."""
+    """Start two processes of stage 2."""
     arguments = [argument for override in overrides for argument in ("--set", override)]
     environment = {
         **os.environ,
@@ -54,44 +50,23 @@ def finish(process: subprocess.Popen[str]) -> tuple[Path, str, str]:
     return Path(stdout.splitlines()[-1]), stdout, log
 
 
-class TwoRanks:
-    """Two forked processes of stage 2 that meet by themselves."""
-
-    def __init__(self, workplace: Any, *overrides: str) -> None:
-        # Below the ports that the system hands out; this process may open no socket to ask for a free one.
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.SystemRandom().randrange(20_000, 32_000))}
-        both = {**meeting, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
-        self._processes = [workplace.start("train_student", *overrides, **both, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
-
-    def poll(self) -> int | None:
-        """Return the exit code of one that has ended."""
-        return next((code for process in self._processes if (code := process.poll()) is not None), None)
-
-    def kill(self) -> None:
-        for process in self._processes:
-            process.send_signal(signal.SIGKILL)
-        self.end()
-
-    def end(self) -> tuple[list[int | None], str, str]:
-        """Wait for both; return their exit codes, and what they said to stdout and to stderr."""
-        said = [process.communicate(timeout=300) for process in self._processes]
-        stdout, log = ("".join(parts) for parts in zip(*said, strict=True))
-        return [process.returncode for process in self._processes], stdout, log
-
-    def finish(self) -> tuple[Path, str, str]:
-        codes, stdout, log = self.end()
-        assert codes == [0, 0], log
-        return Path(stdout.splitlines()[-1]), stdout, log
-
-
 def manifest_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
 
 
-def reach(process: subprocess.Popen[str] | TwoRanks, cache: Path, step: int) -> None:
+def reach(process: subprocess.Popen[str], cache: Path, step: int) -> None:
     """Return when a checkpoint of ``step`` or later has begun to be written, or the process has ended."""
     while process.poll() is None and newest_step(cache) < step:
         time.sleep(POLL_SECONDS)
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """SIGKILL the launcher and, in the same moment, every process it started."""
+    processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for each in processes:
+        each.kill()
+    psutil.wait_procs(processes[1:], timeout=30)
+    process.communicate()
 
 
 def newest_step(cache: Path) -> int:
@@ -133,7 +108,7 @@ def test_two_processes_learn_what_one_learns(make_workplace: Callable[..., Any],
     plain = "student.dropout=0.0"
 
     alone = make_workplace().run("train_student", plain).folder
-    together = TwoRanks(uninterrupted[0], plain).finish()[0]
+    together = finish(launch(uninterrupted[0], plain))[0]
 
     logs = [json.loads((folder / "training.json").read_text(encoding="utf-8")) for folder in (alone, together)]
     ours, theirs = ([entry for entry in log if "loss" in entry] for log in logs)
@@ -147,12 +122,12 @@ def test_killed_at_random_steps_two_processes_end_with_the_same_weights(
 ) -> None:
     generator, workplace = random.Random(3), make_workplace()
     for step in sorted(generator.sample(range(3, 28, 3), 2)):
-        ranks = TwoRanks(workplace, DROPOUT)
-        reach(ranks, workplace.cache, step)
+        process = launch(workplace, DROPOUT)
+        reach(process, workplace.cache, step)
         time.sleep(generator.uniform(0, 0.3))
-        ranks.kill()
+        kill_all(process)
 
-    folder, _, log = TwoRanks(workplace, DROPOUT).finish()
+    folder, _, log = finish(launch(workplace, DROPOUT))
 
     assert "train: resuming from checkpoint-" in log
     assert manifest_of(folder)["counts"]["resumed_from_step"] > 0
@@ -173,7 +148,7 @@ def test_a_process_that_dies_takes_the_others_with_it_and_the_next_run_goes_on(
 
     assert process.returncode != 0
     assert not psutil.wait_procs(started, timeout=60)[1]
-    folder = TwoRanks(workplace, DROPOUT).finish()[0]
+    folder = finish(launch(workplace, DROPOUT))[0]
     assert content_of(folder, "model.safetensors") == content_of(uninterrupted[1], "model.safetensors")
 
 
@@ -190,7 +165,7 @@ def test_sigterm_saves_a_step_of_all_processes_and_the_next_run_goes_on_from_it(
     stopped = [line for line in log.splitlines() if line.startswith("stopped by SIGTERM after step ")]
     assert len(stopped) == 1, log
     assert "go on with: torchrun --nproc-per-node 2 pipeline/train_student.py recipe.toml --set student.dropout=0.1" in log
-    folder = TwoRanks(workplace, DROPOUT).finish()[0]
+    folder = finish(launch(workplace, DROPOUT))[0]
     assert manifest_of(folder)["counts"]["resumed_from_step"] == int(stopped[0].split()[5])
     assert content_of(folder, "model.safetensors") == content_of(uninterrupted[1], "model.safetensors")
 
@@ -199,11 +174,12 @@ def test_two_processes_train_the_students_of_two_rounds(make_workplace: Callable
     rounds = ("mining.rounds=2", "training.max_steps=4")
     workplace = make_workplace()
 
-    codes, _, problem = TwoRanks(workplace, *rounds).end()
-    assert codes == [2, 2]
+    refused = launch(workplace, *rounds)
+    _, problem = refused.communicate()
+    assert refused.returncode != 0
     assert "several processes train one student a run, and round 1 has none yet; run the same command first with" in problem
-    TwoRanks(workplace, "mining.rounds=1", "training.max_steps=4").finish()
-    folder, _, log = TwoRanks(workplace, *rounds).finish()
+    finish(launch(workplace, "mining.rounds=1", "training.max_steps=4"))
+    folder, _, log = finish(launch(workplace, *rounds))
 
     assert log.count("step 4 of 4") == 1
     alone = workplace.run("train_student", *rounds)
@@ -216,7 +192,9 @@ def test_two_processes_train_the_students_of_two_rounds(make_workplace: Callable
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(make_workplace: Callable[..., Any]) -> None:
-    codes, _, log = TwoRanks(make_workplace(), "training.batch_size=5").end()
+    process = launch(make_workplace(), "training.batch_size=5")
 
-    assert codes == [2, 2]
+    _, log = process.communicate(timeout=240)
+
+    assert process.returncode != 0
     assert "error: [training] batch_size = 5 cannot be divided among 2 processes; set a multiple of 2" in log
