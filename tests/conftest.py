@@ -7,6 +7,8 @@ copies it first. Hidden width 32, 2 layers, 2 heads; letters are in the vocabula
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import string
 from collections.abc import Callable, Iterator
@@ -18,6 +20,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub, which reads it once
 # Before any import of torch. Tests run a process per core: with two threads each they would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+PRELOADED = Path(__file__).with_name("preloaded.py")
+collect_ignore = [PRELOADED.name]  # --doctest-modules would import it here
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = (
@@ -43,6 +48,19 @@ def own_log_handlers() -> Iterator[None]:
     yield
     logging.root.handlers[:] = [handler for handler in logging.root.handlers if handler in before]
     logging.root.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> None:
+    """Start the process that ``forkserver`` processes are forked from, with the libraries imported; it ends with this one.
+
+    An interpreter of its own costs 10 seconds of CPU for imports before a process does a second of work.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOADED.stem])
+    source = PRELOADED.parents[1] / "src"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{source}{os.pathsep}{PRELOADED.parent}")
+        multiprocessing.forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")

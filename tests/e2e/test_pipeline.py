@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from sparsekd.recipe import load_recipe
 
 FIGURES = {"nDCG@10", "RR@10", "R@100"}
 SPARSITY = {"query_active_dims", "passage_active_dims", "FLOPS"}
-SECONDS_OF_A_HIT = 5.0  # the contract; alone on a core it is below 1
+SECONDS_OF_A_HIT = 5.0  # of CPU: the contract; it is below 1
 
 
 class Made(NamedTuple):
@@ -33,15 +33,17 @@ class Made(NamedTuple):
     evaluation: Any
 
 
-def make_all(workplace: Any) -> Made:
+def make_all(workplace: Any, run: Callable[[str], Any]) -> Made:
     """One command makes everything; the other two then tell where it is."""
-    evaluation = workplace.run("evaluate")
-    return Made(workplace, workplace.run("teacher_scores"), workplace.run("train_student"), evaluation)
+    evaluation = run("evaluate")
+    return Made(workplace, run("teacher_scores"), run("train_student"), evaluation)
 
 
 @pytest.fixture(scope="module")
 def dense(make_workplace: Callable[..., Any]) -> Made:
-    return make_all(make_workplace("dense"))
+    """All of it by the commands that a user types, each in an interpreter of its own."""
+    workplace = make_workplace("dense")
+    return make_all(workplace, workplace.run_afresh)
 
 
 def read_json(path: Path) -> Any:
@@ -70,7 +72,9 @@ def test_the_contract_holds_with_a_dense_teacher(dense: Made) -> None:
 
 @pytest.mark.slow
 def test_the_contract_holds_with_a_cross_encoder(make_workplace: Callable[..., Any]) -> None:
-    made = make_all(make_workplace("cross-encoder"))
+    workplace = make_workplace("cross-encoder")
+
+    made = make_all(workplace, workplace.run)
 
     assert_contract(made, pairs_of_the_teacher=94)
     # The logit, not its sigmoid: somewhere outside of 0..1.
@@ -202,14 +206,20 @@ def test_imported_scores_teach_what_their_model_taught(make_workplace: Callable[
     assert "teacher:tiny is not measured: imported scores rank only what they hold" in evaluation.log
 
 
+def seconds_of_children() -> float:
+    """Return the CPU time of processes that have ended; other processes' work does not count, as it would by the clock."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def test_a_second_run_is_a_hit_and_fast(dense: Made) -> None:
     before = {path: path.stat().st_mtime_ns for path in dense.workplace.cache.rglob("*")}
     for script, made in (("teacher_scores", dense.table), ("train_student", dense.student), ("evaluate", dense.evaluation)):
-        started = time.monotonic()
+        began = seconds_of_children()
 
-        again = dense.workplace.run(script)
+        again = dense.workplace.run_afresh(script)
 
-        assert time.monotonic() - started < SECONDS_OF_A_HIT
+        assert seconds_of_children() - began < SECONDS_OF_A_HIT
         assert again.folder == made.folder
         assert ": hit" in again.log
     assert {path: path.stat().st_mtime_ns for path in dense.workplace.cache.rglob("*")} == before

@@ -2,7 +2,8 @@
 
 An example is a whole file after one to five mutations: cut, flipped bit, slice deleted or doubled, hostile token put in or put in a
 field's place, fields or lines swapped. `make test` tries 200 of each reader; the slow tests 10,000, and print the row that
-docs/reliability.md keeps. The examples are the same in every run.
+docs/reliability.md keeps. The examples are the same in every run: drawn by `random`, as Hypothesis takes four times as long to
+draw one as a reader takes to read it. A failure says the bytes of its file.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import gzip
 import json
 import math
 import pickle
+import random
 import re
 import time
 from collections import Counter
@@ -21,8 +23,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from sparsekd.collection import read_collection
 from sparsekd.evaluation.runs import read_trec_run
@@ -169,8 +169,16 @@ class Reader:
         assert read(self.path), "the file is not right to begin with"
 
     def check(self, seed: bytes) -> None:
+        content = _mutated(self.whole, seed)
         self.path.unlink()  # ext4 flushes a file that is truncated and written again: 18 ms
-        self.path.write_bytes(_mutated(self.whole, seed))
+        self.path.write_bytes(content)
+        try:
+            self._check_outcome()
+        except BaseException as error:
+            error.add_note(f"{self.path.name} held {content!r}")
+            raise
+
+    def _check_outcome(self) -> None:
         said, is_past, seconds = self._outcome()
         if seconds > LIMIT_SECONDS:  # a machine that others share counts some of their time as ours, but not twice
             said, is_past, seconds = self._outcome()
@@ -231,14 +239,10 @@ NAMES = [*COLLECTION, "recipe.toml", "run", *(" ".join(key) for key in FILES)]
 
 
 def fuzz(reader: Reader, num_examples: int) -> None:
-    @settings(
-        max_examples=num_examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
-    )
-    @given(seed=st.binary(min_size=6, max_size=30))
-    def check(seed: bytes) -> None:
-        reader.check(seed)
-
-    check()
+    """Check files of one to five mutations, as many of each."""
+    draw = random.Random(reader.path.name)
+    for _ in range(num_examples):
+        reader.check(draw.randbytes(6 * draw.randint(1, 5)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -247,8 +251,7 @@ def test_a_mutated_file_is_read_or_refused_by_name_within_a_second(name: str, tm
 
     fuzz(reader, FEW)
 
-    assert reader.counts["examples"] >= FEW // 2  # fewer: hypothesis ran out of examples
-    assert 0 < reader.counts["read"] < reader.counts["examples"]
+    assert 0 < reader.counts["read"] < reader.counts["examples"] == FEW
 
 
 @pytest.mark.slow
@@ -261,4 +264,4 @@ def test_ten_thousand_mutated_files_are_read_or_refused_by_name_within_a_second(
     counts = reader.counts
     past, slowest = f"{counts['past'] / counts['examples']:.0%}", f"{1000 * reader.slowest:.0f}"
     print(f"| {name} | {counts['examples']:,} | {counts['read']:,} | {past} | {slowest} | {time.process_time() - began:.0f} |")
-    assert counts["examples"] >= MANY
+    assert counts["examples"] == MANY

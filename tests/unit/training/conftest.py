@@ -22,7 +22,7 @@ def collection(sample_folder: Path) -> Collection:
     return read_collection(sample_folder)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_recipe(tiny_headless_folder: Path) -> Callable[..., Recipe]:
     """Return ``make(labels, student, run, **training)``: 3 passages a row, a tiny student without dropout, 4 rows a step."""
 
@@ -48,15 +48,21 @@ def make_recipe(tiny_headless_folder: Path) -> Callable[..., Recipe]:
 
 
 @pytest.fixture
-def make_table(tmp_path: Path, collection: Collection) -> Callable[..., ScoreTable]:
-    """Return ``make(recipe)``: a published table with a row per training query; negatives are the passages that follow."""
+def make_table(tmp_path: Path, make_table_in: Callable[..., ScoreTable]) -> Callable[..., ScoreTable]:
+    """Return ``make(recipe)``: ``make_table_in`` the test's own cache."""
+    return lambda recipe: make_table_in(tmp_path / "cache", recipe)
+
+
+@pytest.fixture(scope="session")
+def make_table_in(collection: Collection) -> Callable[..., ScoreTable]:
+    """Return ``make(cache, recipe)``: a published table with a row per training query; negatives are the passages that follow."""
 
     def overlap(teacher: str, query_ids: Sequence[str], passage_ids: Sequence[str]) -> NDArray[np.float32]:
         words = [{*collection.queries[query_id].split()} for query_id in query_ids]
         passages = [{*collection.passages[passage_id].lower().split()} for passage_id in passage_ids]
         return np.array([len(left & right) for left, right in zip(words, passages, strict=True)], dtype=np.float32)
 
-    def make(recipe: Recipe) -> ScoreTable:
+    def make(cache: Path, recipe: Recipe) -> ScoreTable:
         order, query_ids, passage_ids = list(collection.passages), [], []
         for query_id, grades in collection.qrels["train"].items():
             first = next(order.index(passage_id) for passage_id, grade in grades.items() if grade >= 1)
@@ -69,6 +75,6 @@ def make_table(tmp_path: Path, collection: Collection) -> Callable[..., ScoreTab
             "calibration": {"kind": "raw"},
             "teachers": [{"identity": {"kind": "overlap"}, "weight": 1.0}],
         }
-        return build_table(recipe, Rows(query_ids, passage_ids, {}, 0), cache=tmp_path / "cache", fields=fields, gold_sim=overlap)
+        return build_table(recipe, Rows(query_ids, passage_ids, {}, 0), cache=cache, fields=fields, gold_sim=overlap)
 
     return make

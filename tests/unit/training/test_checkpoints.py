@@ -28,14 +28,36 @@ FILES = [
 FIELDS = {"table": "abc", "training": {"learning_rate": 1e-3, "seed": 1}, "regularizer": {"lambda_query": 0.1}}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def fit(
-    make_recipe: Callable[..., Recipe], make_table: Callable[..., ScoreTable], collection: Collection, tmp_path: Path
-) -> Callable[..., TrainedStudent]:
-    """Return ``fit(name)``: 6 steps with dropout in the work folder ``name``, a checkpoint every 2."""
+    make_recipe: Callable[..., Recipe],
+    make_table_in: Callable[..., ScoreTable],
+    collection: Collection,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[Path], TrainedStudent]:
+    """Return ``fit(work)``: 6 steps with dropout in that work folder, a checkpoint every 2."""
     recipe = make_recipe(student={"dropout": 0.1}, max_steps=6, run={"save_steps": 2})
-    table = make_table(recipe)
-    return lambda name: train(recipe, table, collection, work_folder=tmp_path / name, key="key")
+    table = make_table_in(tmp_path_factory.mktemp("cache"), recipe)
+    return lambda work: train(recipe, table, collection, work_folder=work, key="key")
+
+
+@pytest.fixture(scope="module")
+def kept(fit: Callable[[Path], TrainedStudent], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainedStudent]:
+    """A work folder as a run that was never stopped leaves it, and its student."""
+    work = tmp_path_factory.mktemp("kept") / "work"
+    return work, fit(work)
+
+
+@pytest.fixture
+def uninterrupted(kept: tuple[Path, TrainedStudent]) -> TrainedStudent:
+    """The student of a run that was never stopped."""
+    return kept[1]
+
+
+@pytest.fixture
+def work(kept: tuple[Path, TrainedStudent], tmp_path: Path) -> Path:
+    """A copy of the work folder that it left, for a test to damage and to go on in."""
+    return shutil.copytree(kept[0], tmp_path / "work")
 
 
 @pytest.fixture
@@ -84,11 +106,10 @@ class Opens:
 
 
 def test_a_pickle_that_would_call_something_is_not_run_when_a_run_is_resumed(
-    fit: Callable[..., TrainedStudent], tmp_path: Path
+    fit: Callable[[Path], TrainedStudent], work: Path, tmp_path: Path
 ) -> None:
-    fit("a")
-    newest = max((tmp_path / "a").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    middle = tmp_path / "a" / "checkpoint-4"
+    newest = max(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    middle = work / "checkpoint-4"
     shutil.rmtree(newest)
     found = json.loads((middle / SEAL).read_text(encoding="utf-8"))
     torch.save(Opens(tmp_path / "made-by-a-pickle"), middle / "optimizer.pt")
@@ -96,7 +117,7 @@ def test_a_pickle_that_would_call_something_is_not_run_when_a_run_is_resumed(
     seal(middle, found["key"], found["fields"])  # forged: the seal is no signature
 
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        fit("a")
+        fit(work)
 
     assert not (tmp_path / "made-by-a-pickle").exists()
 
@@ -128,10 +149,9 @@ def test_a_checkpoint_that_is_a_link_is_refused_and_nothing_is_removed(written: 
 
 
 def test_a_torn_newest_checkpoint_falls_back_to_the_one_before_whichever_file_is_torn(
-    fit: Callable[..., TrainedStudent], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    work: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fit("whole")
-    newest = tmp_path / "whole" / "checkpoint-6"
+    newest = work / "checkpoint-6"
     found = sorted(path.relative_to(newest).as_posix() for path in newest.rglob("*") if path.is_file())
     assert found == sorted(FILES)
     sealed = json.loads((newest / SEAL).read_text(encoding="utf-8"))
@@ -140,7 +160,7 @@ def test_a_torn_newest_checkpoint_falls_back_to_the_one_before_whichever_file_is
     for name in FILES:
         for damage in (cut, flip, empty, remove):
             shutil.rmtree(tmp_path / "torn", ignore_errors=True)
-            shutil.copytree(tmp_path / "whole", tmp_path / "torn")
+            shutil.copytree(work, tmp_path / "torn")
             damage(tmp_path / "torn" / "checkpoint-6" / name)
             caplog.clear()
 
@@ -155,14 +175,13 @@ def test_a_torn_newest_checkpoint_falls_back_to_the_one_before_whichever_file_is
 
 @pytest.mark.parametrize("stopped_after", ["checkpoint-4", "checkpoint-6"])
 def test_a_resumed_run_has_the_weights_and_the_log_of_one_that_was_never_stopped(
-    fit: Callable[..., TrainedStudent], tmp_path: Path, stopped_after: str
+    fit: Callable[[Path], TrainedStudent], uninterrupted: TrainedStudent, work: Path, stopped_after: str
 ) -> None:
-    uninterrupted = fit("work")
-    for checkpoint in (tmp_path / "work").glob("checkpoint-*"):
+    for checkpoint in work.glob("checkpoint-*"):
         if checkpoint.name > stopped_after:
             shutil.rmtree(checkpoint)
 
-    resumed = fit("work")
+    resumed = fit(work)
 
     assert resumed.resumed_from_step == int(stopped_after[-1])
     assert resumed.num_steps == uninterrupted.num_steps == 6
@@ -174,23 +193,23 @@ def test_a_resumed_run_has_the_weights_and_the_log_of_one_that_was_never_stopped
 
 
 def test_a_run_resumed_from_before_a_torn_checkpoint_has_the_same_weights(
-    fit: Callable[..., TrainedStudent], tmp_path: Path
+    fit: Callable[[Path], TrainedStudent], uninterrupted: TrainedStudent, work: Path
 ) -> None:
-    uninterrupted = fit("work")
-    cut(tmp_path / "work" / "checkpoint-6" / "optimizer.pt")
+    cut(work / "checkpoint-6" / "optimizer.pt")
 
-    resumed = fit("work")
+    resumed = fit(work)
 
     assert resumed.resumed_from_step == 4
     assert equal_weights(resumed, uninterrupted)
 
 
-def test_a_run_starts_anew_where_every_checkpoint_is_torn(fit: Callable[..., TrainedStudent], tmp_path: Path) -> None:
-    uninterrupted = fit("work")
-    for checkpoint in (tmp_path / "work").glob("checkpoint-*"):
+def test_a_run_starts_anew_where_every_checkpoint_is_torn(
+    fit: Callable[[Path], TrainedStudent], uninterrupted: TrainedStudent, work: Path
+) -> None:
+    for checkpoint in work.glob("checkpoint-*"):
         (checkpoint / SEAL).unlink()
 
-    again = fit("work")
+    again = fit(work)
 
     assert again.resumed_from_step == 0
     assert equal_weights(again, uninterrupted)
@@ -222,6 +241,21 @@ def test_other_fields_under_the_same_key_are_refused_too(written: Path) -> None:
         newest_whole_checkpoint(written, "key", {**FIELDS, "table": "def"})
 
 
+@pytest.fixture(scope="module")
+def two_steps(
+    make_recipe: Callable[..., Recipe],
+    make_table_in: Callable[..., ScoreTable],
+    collection: Collection,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Recipe, ScoreTable, Path]:
+    """A run of two steps: its recipe, its table, and its work folder, which refusals leave as it is."""
+    recipe = make_recipe(max_steps=2, run={"save_steps": 1})
+    folder = tmp_path_factory.mktemp("two-steps")
+    table, work = make_table_in(folder / "cache", recipe), folder / "work"
+    train(recipe, table, collection, work_folder=work, key="key")
+    return recipe, table, work
+
+
 @pytest.mark.parametrize(
     ("section", "setting", "named"),
     [
@@ -232,22 +266,14 @@ def test_other_fields_under_the_same_key_are_refused_too(written: Path) -> None:
     ],
 )
 def test_a_run_of_another_experiment_is_refused_with_the_name_of_what_differs(
-    make_recipe: Callable[..., Recipe],
-    make_table: Callable[..., ScoreTable],
-    collection: Collection,
-    tmp_path: Path,
-    section: str,
-    setting: dict[str, Any],
-    named: str,
+    two_steps: tuple[Recipe, ScoreTable, Path], collection: Collection, section: str, setting: dict[str, Any], named: str
 ) -> None:
-    recipe = make_recipe(max_steps=2, run={"save_steps": 1})
-    table = make_table(recipe)
-    train(recipe, table, collection, work_folder=tmp_path / "work", key="key")
-    kept = recipe.model_dump(mode="json")
-    other = Recipe.model_validate({**kept, section: {**kept[section], **setting}})
+    recipe, table, work = two_steps
+    document = recipe.model_dump(mode="json")
+    other = Recipe.model_validate({**document, section: {**document[section], **setting}})
 
     with pytest.raises(ValueError, match=rf"checkpoint-2: belongs to experiment key, expected key: {named}"):
-        train(other, table, collection, work_folder=tmp_path / "work", key="key")
+        train(other, table, collection, work_folder=work, key="key")
 
 
 def test_a_table_of_other_labels_is_refused_with_the_name_of_what_differs(

@@ -178,7 +178,13 @@ def test_a_splade_student_learns_and_reloads(
     assert_learns_and_reloads(trained(recipe), tmp_path / "student")
 
 
-@pytest.mark.parametrize(("labels", "loss"), ROWS, ids=identifier)
+def first_of_each_kind_fast(rows: list[tuple[dict[str, Any], Any]]) -> list[Any]:
+    """Return the rows, those slow whose kind of labels has come before."""
+    kinds = [labels["kind"] for labels, _ in rows]
+    return [pytest.param(*row, marks=[pytest.mark.slow] if kinds[place] in kinds[:place] else []) for place, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize(("labels", "loss"), first_of_each_kind_fast(ROWS), ids=identifier)
 def test_a_csr_student_learns_and_reloads(
     trained: Callable[[Recipe], TrainedStudent], tiny_encoder_folder: Path, tmp_path: Path, labels: dict[str, Any], loss: Any
 ) -> None:

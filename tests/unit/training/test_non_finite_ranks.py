@@ -72,13 +72,13 @@ def train_until_it_stops(rank: int, recipe: Recipe, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow  # two processes import everything first
+@pytest.mark.slow  # the server imports everything first
 def test_both_processes_stop_with_the_ids_of_the_row_and_the_weights_of_the_step_before(
-    make_recipe: Callable[..., Recipe], tmp_path: Path
+    make_recipe: Callable[..., Recipe], fork_server: None, tmp_path: Path
 ) -> None:
     recipe = make_recipe(loss="SparseMarginMSELoss", labels={"num_negatives": 1}, batch_size=2, max_steps=4, run={"save_steps": 1})
 
-    multiprocessing.spawn(train_until_it_stops, args=(recipe, tmp_path), nprocs=2)
+    multiprocessing.start_processes(train_until_it_stops, args=(recipe, tmp_path), nprocs=2, start_method="forkserver")
 
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2)]
     for what in LABELS:
