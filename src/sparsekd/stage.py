@@ -1,16 +1,19 @@
 """The frame around every stage script: arguments, logging, errors, exit codes.
 
 A stage takes one recipe, logs to stderr, and prints the folder it made or found as the last line of stdout. Exit 0 done or hit,
-1 failed, 2 bad input, 3 done but for what is in quarantine, 128 + the signal's number where a signal ended the training after a
-whole step. Of several processes that a launcher started, the first speaks; the others say warnings and errors only.
+1 failed, 2 bad input, 3 done but for what is in quarantine, 128 + the number of the signal that ended it, training after a whole
+step. Of several processes that a launcher started, the first speaks; the others say warnings and errors only.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
+import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -23,12 +26,13 @@ from sparsekd.provenance import command, heard_warnings
 from sparsekd.quiet import quieten_libraries
 from sparsekd.recipe import load_recipe
 from sparsekd.study import FailedMembersError
-from sparsekd.training.stopping import StoppedError
+from sparsekd.training.stopping import StoppedError, TerminatedError, ended_by_sigterm
 
 logger = logging.getLogger("sparsekd")
 
 # What the system says of a path that the user named, wherever it is first used; a full or failing disk is another matter.
 _UNUSABLE_PATH = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS}
+_FAILING_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 def run_stage(
@@ -53,7 +57,9 @@ def run_stage(
         if options.dry_run:
             sys.stdout.write((describe or _describe)(plan, kinds) + "\n")
             return 0
-        folder = stage(plan)
+        # Another process of a launcher's may wait for the first inside a library, which hears no handler; the default ends it.
+        with ended_by_sigterm() if _is_first() else contextlib.nullcontext():
+            folder = stage(plan)
     except QuarantineError as error:
         sys.stderr.write(f"error: {error}\n")
         return 3
@@ -67,6 +73,9 @@ def run_stage(
         sys.stderr.write(f"error: {error}\n")
         return 2
     except OSError as error:
+        if error.errno in _FAILING_DISK and error.filename is not None:
+            sys.stderr.write(f"error: {_failing_disk(error)}\n")
+            return 1
         if error.errno not in _UNUSABLE_PATH:
             traceback.print_exc()
             return 1
@@ -76,15 +85,27 @@ def run_stage(
         if _is_first():
             sys.stderr.write(f"{stopped}\ngo on with: {_launched()}\n")
         return 128 + stopped.number
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; what was committed stays, the same command goes on from there\n")
-        return 130
+    except (KeyboardInterrupt, TerminatedError) as ended:
+        if _is_first():
+            sys.stderr.write(f"interrupted; what was committed stays\ngo on with: {_launched()}\n")
+        return 130 if isinstance(ended, KeyboardInterrupt) else 128 + signal.SIGTERM
     except Exception:
         traceback.print_exc()
         return 1
     if _is_first():
         sys.stdout.write(f"{folder}\n")
     return 0
+
+
+def _failing_disk(error: OSError) -> str:
+    """Say what a full or failing disk refused, how much is free there, and what to do."""
+    path = Path(str(error.filename)).absolute()
+    place = next(each for each in (path, *path.parents) if each.exists())
+    free = shutil.disk_usage(place).free
+    return (
+        f"{error.filename}: {(error.strerror or '').lower()}; {free:,} bytes are free at {place}; what was committed stays: make "
+        "room, or name another [run] cache, and run the same command again"
+    )
 
 
 def _describe(plan: Plan, kinds: Sequence[str]) -> str:

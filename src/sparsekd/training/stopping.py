@@ -1,6 +1,6 @@
-"""SIGTERM and SIGINT while a student trains: the step is finished and saved, and the run ends with 128 + the signal's number.
+"""SIGTERM and SIGINT: a stage cleans up and ends with 128 + the signal's number; a student that trains finishes and saves the step.
 
-Imports no torch: the stage scripts know ``StoppedError`` without it.
+Imports no torch: the stage scripts know these errors without it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ class StoppedError(Exception):
         name = signal.Signals(number).name
         super().__init__(f"stopped by {name} after step {step} of {last_step}, which is saved; the same command goes on from there")
         self.number = number
+
+
+class TerminatedError(BaseException):
+    """SIGTERM came; like KeyboardInterrupt no Exception, so that nothing but clean-up comes between."""
 
 
 class Signals:
@@ -46,3 +50,20 @@ def listening() -> Iterator[Signals]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Raise TerminatedError where SIGTERM comes, which would else leave temporary files; in the main thread, which alone may."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise TerminatedError
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
