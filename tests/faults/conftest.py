@@ -6,6 +6,7 @@ Each test says its fault by a marker and its stage by the marker or by the param
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -165,11 +166,22 @@ class Child:
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
-    """Processes that have numpy and pyarrow."""
-    made = Nursery("sparsekd.bank", "sparsekd.labels.score_table")
-    yield made
-    made.close()
+def make_nursery() -> Iterator[Callable[..., Nursery]]:
+    """Return what makes a nursery of modules; each is closed at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def make(*modules: str) -> Nursery:
+            made = Nursery(*modules)
+            stack.callback(made.close)
+            return made
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+def nursery(make_nursery: Callable[..., Nursery]) -> Nursery:
+    """Processes that have what reads and writes, and no torch."""
+    return make_nursery("sparsekd.bank", "sparsekd.labels.score_table", "sparsekd.evaluation.runs", "sparsekd.exchange.target")
 
 
 def load_helper(name: str) -> Any:
@@ -187,7 +199,13 @@ def disks() -> Any:
     return load_helper("disks")
 
 
+@pytest.fixture(scope="session")
+def subjects() -> dict[str, Any]:
+    """What is written and read back, by stage."""
+    return dict(load_helper("subjects").SUBJECTS)
+
+
 @pytest.fixture
-def subject(stage: str, tmp_path: Path) -> Any:
+def subject(stage: str, subjects: dict[str, Any], tmp_path: Path) -> Any:
     """The subject of the stage that a test asks for by its parameter ``stage``."""
-    return load_helper("subjects").SUBJECTS[stage](tmp_path / "cache")
+    return subjects[stage](tmp_path / "cache")

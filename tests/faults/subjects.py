@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from sparsekd.artifact import find, naming, publish, verify, write_json_atomically
+from sparsekd.artifact import find, naming, publish, read_manifest, verify, write_json_atomically
 from sparsekd.bank import EmbeddingBank, ScoreBank, text_keys
 from sparsekd.evaluation.runs import Ranking, read_trec_run, write_trec_run
 from sparsekd.exchange.target import exported
@@ -33,8 +33,9 @@ class Subject(ABC):
 
     stage: ClassVar[str]
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, name: str = "") -> None:
+        """``name`` tells two experiments over one bank apart: it is a part of what their models are known by."""
+        self.root, self.name = root, name
 
     def prepare(self) -> None:
         """Make the old state."""
@@ -198,11 +199,12 @@ class ExportSubject(Subject):
     def state(self) -> str:
         if not self.target.exists():
             return "absent"
-        states = [state for state in (OLD, NEW) if (self.target / "train.jsonl").read_bytes() == self.files[state]]
-        found = find(self.target, {"state": states[0]})
+        state = str(read_manifest(self.target)["fields"]["state"])
+        found = find(self.target, {"state": state})
         assert found is not None
         verify(found)
-        return states[0]
+        assert (self.target / "train.jsonl").read_bytes() == self.files[state]
+        return state
 
     @property
     def shards(self) -> Sequence[Path]:
@@ -213,16 +215,27 @@ class ScoresSubject(Subject):
     """A score bank of three segments, which one more append joins into one."""
 
     stage = "score"
-    identity: ClassVar = {"kind": "dense", "weights": {"model.safetensors": "00ff"}}
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "dense", "weights": {"model.safetensors": f"00ff{self.name}"}}
 
     def prepare(self) -> None:
         super().prepare()
         self._append(np.arange(300), max_segment_pairs=100)  # full segments are not merged by who wrote them
 
     def write(self) -> None:
-        numbers = np.arange(300, 360)
-        scores = ScoreBank(self.root / "bank").open(self.identity)
-        self._append(numbers[np.isnan(scores.lookup(*self._pairs(numbers)))])
+        self._append_missing(np.arange(300, 360))
+
+    rows_per_segment = 100
+
+    def refill(self) -> int:
+        """Append what is missing of the old state, and return how much that was."""
+        return self._append_missing(np.arange(300), max_segment_pairs=100)
+
+    def _append_missing(self, numbers: Any, **settings: int) -> int:
+        missing = numbers[np.isnan(ScoreBank(self.root / "bank").open(self.identity).lookup(*self._pairs(numbers)))]
+        self._append(missing, **settings)
+        return len(missing)
 
     def state(self) -> str:
         numbers = np.arange(360)
@@ -252,7 +265,9 @@ class EmbeddingsSubject(Subject):
     """An embedding bank of two segments, which one more append joins into one."""
 
     stage = "embed"
-    identity: ClassVar = {"kind": "encoder", "weights": {"model.safetensors": "00ff"}}
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "encoder", "weights": {"model.safetensors": f"00ff{self.name}"}}
 
     def prepare(self) -> None:
         super().prepare()
@@ -260,9 +275,18 @@ class EmbeddingsSubject(Subject):
             self._append(np.arange(start, start + 20), max_segment_bytes=1)
 
     def write(self) -> None:
-        numbers = np.arange(40, 60)
-        bank = EmbeddingBank(self.root / "bank").open(self.identity)
-        self._append(numbers[~bank.known(self._keys(numbers))])
+        self._append_missing(np.arange(40, 60))
+
+    rows_per_segment = 20
+
+    def refill(self) -> int:
+        """Append what is missing of the old state, and return how much that was."""
+        return self._append_missing(np.arange(40), max_segment_bytes=1)
+
+    def _append_missing(self, numbers: Any, **settings: int) -> int:
+        missing = numbers[~EmbeddingBank(self.root / "bank").open(self.identity).known(self._keys(numbers))]
+        self._append(missing, **settings)
+        return len(missing)
 
     def state(self) -> str:
         numbers = np.arange(60)
