@@ -180,8 +180,8 @@ def make_nursery() -> Iterator[Callable[..., Nursery]]:
 
 @pytest.fixture(scope="session")
 def nursery(make_nursery: Callable[..., Nursery]) -> Nursery:
-    """Processes that have what reads and writes, and no torch."""
-    return make_nursery("sparsekd.bank", "sparsekd.labels.score_table", "sparsekd.evaluation.runs", "sparsekd.exchange.target")
+    """Processes that have the subjects, and no torch."""
+    return make_nursery("subjects")
 
 
 def load_helper(name: str) -> Any:

@@ -215,7 +215,7 @@ def test_what_a_killed_process_left_of_a_key_goes_when_the_key_is_published(tmp_
 def test_an_error_of_the_disk_names_the_file_and_another_stays_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"\[Errno 28\] No space left on device: 'somewhere'"), naming(Path("somewhere")):
         raise OSError(errno.ENOSPC, "Error writing bytes to file. Detail: a library's")
-    with pytest.raises(OSError, match="No such file or directory: .*gone'"), naming(Path("somewhere")):
+    with pytest.raises(OSError, match=r"No such file or directory: .*gone'"), naming(Path("somewhere")):
         (tmp_path / "gone").read_bytes()
     with pytest.raises(OSError, match=r"^a library's$"), naming(Path("somewhere")):
         raise OSError("a library's")
