@@ -21,7 +21,7 @@ MARKS     ?= not gpu and not network
 SPREAD    := --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: setup data train-teacher teacher-scores train-student evaluate report study test test-all lint bench gpu-check clean help FORCE
+.PHONY: setup data train-teacher teacher-scores train-student evaluate report study test test-all faults lint bench gpu-check clean help FORCE
 
 setup: $(SETUP) ## Make .venv with every pin of constraints.txt; EXTRAS=gpu for FAISS on GPUs (default cpu)
 
@@ -63,6 +63,9 @@ test: $(SETUP) ## Fast tests: offline, CPU
 
 test-all: $(SETUP) ## Fast and slow tests (faults, end to end); MARKS="slow" for a part
 	$(RUN) -m pytest $(SPREAD) -m "$(MARKS)"
+
+faults: $(SETUP) ## The fault matrix, in one process, and its table; make test-all runs it too
+	$(RUN) -m pytest -n 0 -q tests/faults
 
 lint: $(SETUP) ## ruff and mypy --strict
 	$(RUN) -m ruff check .

@@ -24,6 +24,7 @@ import xxhash
 
 MANIFEST = "manifest.json"
 ABSENT = "(absent)"
+_SEAL = "seal"
 _BLOCK_BYTES = 1 << 20
 _ABANDONED_SECONDS = 86_400
 
@@ -57,13 +58,35 @@ def checksum_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError raised within the name of a path: writing and flushing know descriptors, and say only what went wrong."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
 def fsync_path(path: Path) -> None:
     """Flush a file or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing, each flushed into the one above: what it will hold must not go with it."""
+    if path.is_dir():
+        return
+    if not path.parent.exists():
+        make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    fsync_path(path.parent)
 
 
 def temporary_name(name: str) -> str:
@@ -90,10 +113,10 @@ def is_abandoned(path: Path) -> bool:
 
 def write_file_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` under a temporary name, fsync, rename to ``path``, fsync the folder: old or new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.parent / temporary_name(path.name)
     try:
-        with temporary.open("wb") as stream:
+        with naming(path), temporary.open("wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
@@ -127,19 +150,21 @@ def publish(folder: Path, *, kind: str, fields: Mapping[str, Any], extra: dict[s
     """Yield a temporary folder to fill; on a clean exit publish it as ``folder``, on an exception leave nothing.
 
     ``fields`` is what the key was made of; ``extra`` (read at exit, so the caller may fill it meanwhile) holds counts,
-    command and versions. If another process published the same key first, its result stands and ours is dropped.
+    command and versions. If another process published the same key first, its result stands and ours is dropped. What a killed
+    process has left of the same key is removed first.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
+    _remove_abandoned(folder)
     temporary = folder.parent / temporary_name(folder.name)
     temporary.mkdir()
     try:
-        yield temporary
+        with naming(folder):
+            yield temporary
         files = {}
         for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
             fsync_path(path)
             files[path.relative_to(temporary).as_posix()] = {"bytes": path.stat().st_size, "xxh3_128": checksum_of_file(path)}
-        manifest = {**extra, "kind": kind, "key": key_of(fields), "fields": dict(fields), "files": files}
-        write_json_atomically(temporary / MANIFEST, manifest)
+        write_manifest(temporary, {**extra, "kind": kind, "key": key_of(fields), "fields": dict(fields), "files": files})
         for path in (p for p in temporary.rglob("*") if p.is_dir()):
             fsync_path(path)
         try:
@@ -150,6 +175,12 @@ def publish(folder: Path, *, kind: str, fields: Mapping[str, Any], extra: dict[s
         fsync_path(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for path in folder.parent.glob(f".tmp-{folder.name}-*"):
+        if is_abandoned(path):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def find(folder: Path, fields: Mapping[str, Any]) -> Artifact | None:
@@ -178,13 +209,24 @@ def find(folder: Path, fields: Mapping[str, Any]) -> Artifact | None:
     return Artifact(folder, manifest)
 
 
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write a folder's manifest with a seal, the digest of all the rest of it."""
+    written = json.loads(json.dumps(manifest, allow_nan=False))  # as it will be read: keys are strings, tuples are lists
+    write_json_atomically(folder / MANIFEST, {**written, _SEAL: key_of(written)})
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return a published folder's manifest; IntegrityError if there is none or it is not one."""
+    """Return a published folder's manifest without its seal; IntegrityError if there is none, it is not one or has changed.
+
+    Manifests that were written before there were seals have none.
+    """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(manifest["key"], str) or not all(_is_entry(*item) for item in manifest["files"].items()):
             raise ValueError("key or files are not what publish writes")
+        if manifest.pop(_SEAL, None) not in (None, key_of(manifest)):
+            raise ValueError("changed since it was written, its own seal does not fit")
     except FileNotFoundError as error:
         raise IntegrityError(f"{path}: missing, so {folder} was never published; remove the folder and rerun") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

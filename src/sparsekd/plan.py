@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sparsekd.artifact import Artifact, find, key_of
+from sparsekd.artifact import Artifact, differing_fields, find, key_of
 from sparsekd.bank.scores import ScoreBank
 from sparsekd.collection.beir import Collection, collection_digest, read_collection
 from sparsekd.labels.building import incomplete_teachers, table_fields
@@ -242,7 +242,12 @@ class Plan:
         return dict(zip(names, self.rounds, strict=True))
 
     def system_fields(self) -> dict[str, dict[str, Any]]:
-        """Return what decides each measured system's ranking, by system name, in the order they are reported.
+        """Return what decides each measured system's ranking, by system name, in the order they are reported."""
+        return {name: dict(fields) for name, fields in self._system_fields.items()}
+
+    @cached_property
+    def _system_fields(self) -> dict[str, dict[str, Any]]:
+        """The same, made once, as every key of a plan is.
 
         A teacher of kind "file" is none: it knows the pairs that were imported and cannot rank others.
         """
@@ -286,13 +291,31 @@ class Plan:
         """What decides the evaluation: every system's key."""
         return {"version": EVALUATION_VERSION, "systems": {name: key_of(f) for name, f in self.system_fields().items()}}
 
+    def require_unchanged(self, *kinds: str) -> None:
+        """Raise ValueError, naming what differs, if the files that the keys of ``kinds`` were made of are no longer the same.
+
+        To be called before an artifact is published or a model's answers are banked: a key promises the bytes it was made of. The
+        collection's files are hashed again, about a second a gigabyte; a model's only if their size or time has changed.
+        """
+        now = Plan(self.recipe, self.overrides)
+        vars(now)["collection"] = self.collection  # in memory, and not read again: its files' digests tell
+        for (kind, ours), (_, theirs) in zip(self.artifacts(kinds), now.artifacts(kinds), strict=True):
+            changed = differing_fields(ours, theirs)
+            if changed:
+                shown = "; ".join(f"{name} was {str(was)[:16]}, is {str(found)[:16]}" for name, (was, found) in changed.items())
+                raise ValueError(
+                    f"{kind} {key_of(ours)}: its inputs changed while it was made ({shown}), so it is not published; what was "
+                    "banked stays; run the same command again"
+                )
+
     def artifacts(self, kinds: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-        """Return (kind, fields) of the artifacts of ``kinds``, in the order of work."""
+        """Return (kind, fields) of the artifacts of ``kinds``, in the order given; of ``runs`` the fields by system."""
         fields = {
             "candidates": lambda: self.candidates_fields,
             "teachers": lambda: self.trained_teacher_fields,
             "tables": lambda: self.table_fields,
             "students": lambda: self.student_fields,
+            "runs": self.system_fields,
             "evaluations": self.evaluation_fields,
         }
         return [(kind, fields[kind]()) for kind in kinds]

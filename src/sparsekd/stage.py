@@ -8,9 +8,11 @@ finishes its step first. Of several processes that a launcher started, the first
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -30,6 +32,7 @@ logger = logging.getLogger("sparsekd")
 
 # What the system says of a path that the user named, wherever it is first used; a full or failing disk is another matter.
 _UNUSABLE_PATH = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS}
+_FAILING_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 def run_stage(
@@ -54,7 +57,8 @@ def run_stage(
         if options.dry_run:
             sys.stdout.write((describe or _describe)(plan, kinds) + "\n")
             return 0
-        with terminable():
+        # Another process of a launcher's may wait for the first inside a library, which hears no handler; the default ends it.
+        with terminable() if _is_first() else contextlib.nullcontext():
             folder = stage(plan)
     except QuarantineError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -69,6 +73,9 @@ def run_stage(
         sys.stderr.write(f"error: {error}\n")
         return 2
     except OSError as error:
+        if error.errno in _FAILING_DISK and error.filename is not None:
+            sys.stderr.write(f"error: {_failing_disk(error)}\n")
+            return 1
         if error.errno not in _UNUSABLE_PATH:
             traceback.print_exc()
             return 1
@@ -88,6 +95,17 @@ def run_stage(
     if _is_first():
         sys.stdout.write(f"{folder}\n")
     return 0
+
+
+def _failing_disk(error: OSError) -> str:
+    """Say what a full or failing disk refused, how much is free there, and what to do."""
+    path = Path(str(error.filename)).absolute()
+    place = next(each for each in (path, *path.parents) if each.exists())
+    free = shutil.disk_usage(place).free
+    return (
+        f"{error.filename}: {(error.strerror or '').lower()}; {free:,} bytes are free at {place}; what was committed stays: make "
+        "room, or name another [run] cache, and run the same command again"
+    )
 
 
 def _describe(plan: Plan, kinds: Sequence[str]) -> str:

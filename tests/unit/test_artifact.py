@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,12 @@ from sparsekd.artifact import (
     differing_fields,
     find,
     key_of,
+    make_folder,
+    naming,
     nearest,
     publish,
+    read_manifest,
+    temporary_name,
     verify,
     write_file_atomically,
 )
@@ -178,6 +184,54 @@ def test_missing_cut_and_changed_files_are_named(tmp_path: Path) -> None:
     assert changed is not None
     with pytest.raises(IntegrityError, match=r"changed/part/0.arrow: checksum .*, its manifest says "):
         verify(changed)
+
+
+def test_a_manifest_whose_counts_were_edited_is_refused_and_one_from_before_seals_is_not(tmp_path: Path) -> None:
+    make(tmp_path / "a", counts={1: 12, 2: (0.5,)})
+    path = tmp_path / "a" / MANIFEST
+    told = json.loads(path.read_text(encoding="utf-8"))
+
+    path.write_text(json.dumps({**told, "counts": {"1": 13, "2": [0.5]}}), encoding="utf-8")
+    with pytest.raises(IntegrityError, match=r"manifest\.json: .*changed since it was written, its own seal does not fit"):
+        find(tmp_path / "a", FIELDS)
+    path.write_text(json.dumps({name: value for name, value in told.items() if name != "seal"}), encoding="utf-8")
+
+    assert read_manifest(tmp_path / "a")["counts"] == {"1": 12, "2": [0.5]}
+
+
+def test_what_a_killed_process_left_of_a_key_goes_when_the_key_is_published(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = tmp_path / temporary_name("a").replace(f"-{os.getpid()}-", f"-{dead.pid}-")
+    (left / "part").mkdir(parents=True)
+    being_made = tmp_path / temporary_name("a")
+    being_made.mkdir()
+
+    make(tmp_path / "a")
+
+    assert [left.exists(), being_made.exists()] == [False, True]
+
+
+def test_an_error_of_the_disk_names_the_file_and_another_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"\[Errno 28\] No space left on device: 'somewhere'"), naming(Path("somewhere")):
+        raise OSError(errno.ENOSPC, "Error writing bytes to file. Detail: a library's")
+    with pytest.raises(OSError, match=r"No such file or directory: .*gone'"), naming(Path("somewhere")):
+        (tmp_path / "gone").read_bytes()
+    with pytest.raises(OSError, match=r"^a library's$"), naming(Path("somewhere")):
+        raise OSError("a library's")
+
+
+def test_every_folder_that_is_made_is_flushed_into_the_one_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(artifact, "fsync_path", flushed.append)
+
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+
+    assert flushed == [tmp_path, tmp_path / "a"]
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(NotADirectoryError):
+        make_folder(tmp_path / "file" / "a")
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace", "rename"])

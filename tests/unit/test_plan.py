@@ -316,6 +316,26 @@ def test_an_edited_file_changes_the_keys_of_what_it_changes_and_no_other(place: 
     assert changed_kinds(before, keys()) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "kinds", "named"),
+    [
+        ("collection/corpus.jsonl", ["candidates"], "candidates .*files.corpus.jsonl was "),
+        ("collection/qrels/test.tsv", ["runs"], "runs .*bm25.qrels was "),
+        ("models/judge/model.safetensors", ["candidates", "tables"], "tables .*identity.weights.model.safetensors was "),
+        ("models/student/config.json", ["students"], "students .*config.json was "),
+    ],
+)
+def test_an_input_that_changed_since_its_key_was_made_is_named(place: Path, name: str, kinds: list[str], named: str) -> None:
+    plan = plan_of()
+    plan.artifacts(kinds)
+    plan.require_unchanged(*kinds)
+    path = place / name
+    path.write_bytes(path.read_bytes() + b"\n")
+
+    with pytest.raises(ValueError, match=rf"(?s){named}.*so it is not published; what was banked stays; run the same"):
+        plan.require_unchanged(*kinds)
+
+
 def test_a_second_teacher_of_weight_0_is_evaluated_and_teaches_nothing(place: Path) -> None:
     before = keys()
 

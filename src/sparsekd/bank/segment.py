@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 import xxhash
 
-from sparsekd.artifact import IntegrityError, checksum_of_file, temporary_name
+from sparsekd.artifact import IntegrityError, checksum_of_file, naming, temporary_name
 
 SUFFIX = ".arrow"
 _OWNER = b"sparsekd"
@@ -59,7 +59,7 @@ def write_segment(folder: Path, batch: pa.RecordBatch, rows: int, owner: Owner) 
     header = json.dumps({"kind": owner.kind, "key": owner.key, "identity": owner.identity}, sort_keys=True)
     schema = batch.schema.with_metadata({_OWNER: header.encode("utf-8")})
     try:
-        with temporary.open("wb") as stream:
+        with naming(folder), temporary.open("wb") as stream:
             sink = _HashingSink(stream)
             with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), schema) as writer:
                 writer.write_batch(batch.replace_schema_metadata(schema.metadata))

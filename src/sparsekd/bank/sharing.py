@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from sparsekd.artifact import write_json_atomically
+from sparsekd.artifact import naming, write_json_atomically
 
 Positions = npt.NDArray[np.int64]
 
@@ -302,8 +302,9 @@ class _Claim:
         content = b""
         if running or self.suspects is not None or self.deaths:
             content = json.dumps({"suspects": self.suspects, "deaths": self.deaths, "running": running}).encode("ascii")
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, content, 0)
+        with naming(self._path):
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, content, 0)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 
-from sparsekd.artifact import IntegrityError, fsync_path, key_of, temporary_name, write_file_atomically
+from sparsekd.artifact import IntegrityError, fsync_path, key_of, make_folder, temporary_name, write_file_atomically
 from sparsekd.bank.manifest import (
     COMPACTION_LOCK,
     IDENTITY,
@@ -183,7 +183,7 @@ class SegmentStore:
         """Publish the folder, with identity and empty manifest, by rename: a folder without them is a damaged one."""
         if self.folder.exists():
             return
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder.parent)
         temporary = self.folder.parent / temporary_name(self.folder.name)
         temporary.mkdir()
         try:

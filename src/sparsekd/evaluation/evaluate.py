@@ -90,6 +90,7 @@ def _system(experiment: Experiment, name: str, fields: dict[str, Any]) -> Artifa
         write_json_atomically(temporary / METRICS, figures)
         if ranked.vocabulary is not None:
             write_json_atomically(temporary / VOCABULARY, ranked.vocabulary)
+        plan.require_unchanged("runs")
     logger.info("evaluation of %s: %s", name, figures)
     return Artifact(folder, read_manifest(folder))
 

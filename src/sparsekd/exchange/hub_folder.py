@@ -20,14 +20,13 @@ import numpy as np
 import pyarrow as pa
 
 from sparsekd.artifact import (
-    MANIFEST,
     Artifact,
     IntegrityError,
     checksum_of_file,
     read_manifest,
     verify,
     write_file_atomically,
-    write_json_atomically,
+    write_manifest,
 )
 from sparsekd.exchange.hub_cards import ROWS, TABLE, scores_card, student_card
 from sparsekd.exchange.source import Source, read_source
@@ -114,7 +113,7 @@ def _write_student(student: Artifact, folder: Path) -> None:
     card = folder / _CARD
     write_file_atomically(card, student_card(card.read_text(encoding="utf-8"), known).encode("utf-8"))
     manifest["files"][_CARD] = {"bytes": card.stat().st_size, "xxh3_128": checksum_of_file(card)}
-    write_json_atomically(folder / MANIFEST, manifest)
+    write_manifest(folder, manifest)
 
 
 def _write_scores(table: ScoreTable, source: Source | None, folder: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsekd.artifact import IntegrityError, publish, read_manifest, temporary_name
+from sparsekd.artifact import IntegrityError, fsync_path, publish, read_manifest, temporary_name
 
 KIND = "export"
 
@@ -51,6 +51,7 @@ def _put(staged: Path, target: Path, overwrite: bool) -> None:
     require_free(target, overwrite)
     if not target.exists():
         staged.rename(target)
+        fsync_path(target.parent)
         return
     aside = target.parent / temporary_name(target.name)
     target.rename(aside)
@@ -59,4 +60,5 @@ def _put(staged: Path, target: Path, overwrite: bool) -> None:
     except OSError:
         aside.rename(target)
         raise
+    fsync_path(target.parent)  # or a power cut may find the earlier export in its place, half removed
     shutil.rmtree(aside, ignore_errors=True)

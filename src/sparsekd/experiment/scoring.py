@@ -114,6 +114,7 @@ def _bank(experiment: Experiment, teacher: AnyTeacher, texts: PairTexts) -> Scor
     """Bank one teacher's scores of these pairs."""
     from sparsekd.teachers.scoring import bank_scorer, bank_scores
 
+    experiment.plan.require_unchanged("candidates", "tables")
     run, scores = experiment.recipe.run, experiment.scores_of(teacher)
     if isinstance(teacher, FileTeacher):
         from sparsekd.teachers.file import FileScorer

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsekd.artifact import Artifact, key_of, publish, read_manifest, write_json_atomically
+from sparsekd.artifact import Artifact, key_of, naming, publish, read_manifest, write_json_atomically
 from sparsekd.bank.manifest import locked
 from sparsekd.doctor import describe, examined
 from sparsekd.experiment.scoring import score_pairs
@@ -53,6 +53,7 @@ def candidates(experiment: Experiment) -> Candidates:
             fields=fields,
             source=source,
             extra=experiment.provenance(),
+            check_inputs=lambda: plan.require_unchanged("candidates"),
         )
 
 
@@ -76,6 +77,7 @@ def score_table(experiment: Experiment) -> ScoreTable:
         if (hit := plan.hit("tables", plan.table_fields)) is not None:
             return _examined(experiment, ScoreTable.open(hit.folder))
         rows = choose_rows(experiment.recipe, mined, banked)
+        plan.require_unchanged("candidates", "tables")
         table = build_table(
             experiment.recipe,
             rows,
@@ -143,14 +145,15 @@ def _trained(experiment: Experiment, table: ScoreTable, folder: Path, work_folde
     from sparsekd.training.fit import train
 
     fields, started = experiment.plan.student_fields, time.monotonic()
-    trained = train(
-        experiment.recipe,
-        table,
-        experiment.collection,
-        work_folder=work_folder,
-        key=key_of(fields),
-        first_stage=experiment.bm25_passages,
-    )
+    with naming(work_folder):  # the trainer writes its checkpoints there
+        trained = train(
+            experiment.recipe,
+            table,
+            experiment.collection,
+            work_folder=work_folder,
+            key=key_of(fields),
+            first_stage=experiment.bm25_passages,
+        )
     steps = {"steps": trained.num_steps, "resumed_from_step": trained.resumed_from_step}
     extra: dict[str, Any] = {
         **experiment.provenance(),
@@ -161,4 +164,5 @@ def _trained(experiment: Experiment, table: ScoreTable, folder: Path, work_folde
         trained.model.save_pretrained(str(temporary), create_model_card=False)
         write_card(temporary / "README.md", experiment.recipe, table, extra, trained)
         write_json_atomically(temporary / "training.json", trained.log_history)
+        experiment.plan.require_unchanged("candidates", "tables", "students")
     return Artifact(folder, read_manifest(folder))

@@ -68,4 +68,5 @@ def _train(experiment: Experiment, folder: Path, work_folder: Path) -> Artifact:
         trained.model.save_pretrained(str(temporary), create_model_card=False)
         write_card(temporary / "README.md", experiment.recipe, section, trained, extra)
         write_json_atomically(temporary / "training.json", trained.log_history)
+        plan.require_unchanged("candidates", "teachers")
     return Artifact(folder, read_manifest(folder))

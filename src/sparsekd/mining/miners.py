@@ -9,7 +9,7 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,12 @@ def mine_candidates(
     fields: Mapping[str, Any],
     source: VectorSource,
     extra: Mapping[str, Any] | None = None,
+    check_inputs: Callable[[], None] = lambda: None,
 ) -> Candidates:
     """Mine candidates for every training query and publish them under the key of ``fields`` (``candidates_fields``).
 
-    ``extra`` (command, versions) is recorded in the manifest. Raises ValueError if there are no training judgements, a
-    judgement names an unknown query or passage, or nothing at all is kept.
+    ``extra`` (command, versions) is recorded in the manifest; ``check_inputs`` is called before publishing, and may refuse. Raises
+    ValueError if there are no training judgements, a judgement names an unknown query or passage, or nothing at all is kept.
     """
     started = time.monotonic()
     judged, counts = judged_queries(recipe, collection)
@@ -90,6 +91,7 @@ def mine_candidates(
                 f"[mining] no candidate kept for any of {len(judged)} queries ({_by_reason(counts)}); "
                 "raise depth, lower skip or loosen [mining.filter]"
             )
+        check_inputs()
     log.info("candidates %s: %s", folder.name, published["counts"])
     return Candidates.open(folder)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from sparsekd.artifact import Artifact, IntegrityError, read_manifest, verify
+from sparsekd.artifact import Artifact, IntegrityError, naming, read_manifest, verify
 
 ROWS_PER_SHARD = 50_000
 
@@ -21,7 +21,7 @@ def write_shards(folder: Path, stem: str, shards: Iterable[pa.Table], num_shards
     rows = {}
     for number, table in enumerate(shards):
         name = f"{stem}-{number:05d}-of-{num_shards:05d}.arrow"
-        with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        with naming(folder / name), pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
         rows[name] = table.num_rows
     return rows

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsekd.artifact import find, is_abandoned, key_of, publish, write_json_atomically
+from sparsekd.artifact import find, key_of, publish, write_json_atomically
 from sparsekd.collection import collection_digest, stream_passages
 from sparsekd.mining.ranking import id_ranks
 from sparsekd.provenance import provenance
@@ -55,7 +54,6 @@ def find_or_build(student: StudentEncoder, collection_folder: Path, root: Path) 
     fields = index_fields(student, collection_folder)
     folder = root / key_of(fields)
     if find(folder, fields) is None:
-        _remove_abandoned(folder)
         _build(student, collection_folder / CORPUS, folder, fields)
     else:
         logger.info("index %s: hit", folder.name)
@@ -154,10 +152,3 @@ def _line_offsets(path: Path) -> NDArray[np.int64]:
     with path.open("rb") as stream:
         lengths = np.fromiter((len(line) for line in stream), dtype=np.int64)
     return np.cumsum(lengths) - lengths
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove what ended builds of the same index left behind."""
-    for path in folder.parent.glob(f".tmp-{folder.name}-*"):
-        if is_abandoned(path):
-            shutil.rmtree(path, ignore_errors=True)

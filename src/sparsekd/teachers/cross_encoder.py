@@ -22,7 +22,7 @@ from sparsekd.recipe import Run, Teacher
 from sparsekd.teachers.batching import TokenBudget, forward_batches, forward_tokens
 from sparsekd.teachers.finite import require_finite
 from sparsekd.teachers.identity import teacher_identity
-from sparsekd.teachers.loading import length_limit, model_arguments
+from sparsekd.teachers.loading import length_limit, model_arguments, require_unchanged
 from sparsekd.teachers.pair_tokens import PairTokenizer, PairTokens
 
 _log = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ class CrossEncoderScorer:
         if self._teacher.backend == "openvino":  # takes float32 weights and rounds where it multiplies
             arguments["model_kwargs"] |= {"dtype": torch.float32}
         model = CrossEncoder(str(folder), activation_fn=torch.nn.Identity(), **arguments)
+        require_unchanged(self._teacher.model, self.identity)
         if model.num_labels != 1:
             raise ValueError(
                 f"teacher {self._teacher.name!r}: {self._teacher.model} has {model.num_labels} labels; "

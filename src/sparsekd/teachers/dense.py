@@ -19,7 +19,7 @@ from sparsekd.model_reference import resolve
 from sparsekd.recipe import EncoderSpec, Run
 from sparsekd.teachers.batching import forward_tokens, length_batches
 from sparsekd.teachers.identity import encoder_identity
-from sparsekd.teachers.loading import length_limit, model_arguments
+from sparsekd.teachers.loading import length_limit, model_arguments, require_unchanged
 from sparsekd.teachers.protocols import Role, Similarity
 from sparsekd.teachers.similarity import pairwise_similarity
 
@@ -98,6 +98,7 @@ class DenseEncoder:
         from sparsekd.packed_body import packed
 
         model = SentenceTransformer(str(resolve(self._spec.model).path), **arguments)
+        require_unchanged(self._spec.model, self.identity)
         if not isinstance(model.tokenizer, PreTrainedTokenizerBase):
             raise ValueError(
                 f"model {self._spec.model!r}: its tokenizer is a {type(model.tokenizer).__name__}; "

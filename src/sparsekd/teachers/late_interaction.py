@@ -22,7 +22,7 @@ from sparsekd.recipe import Run, Teacher
 from sparsekd.teachers.batching import forward_tokens, length_batches
 from sparsekd.teachers.finite import require_finite
 from sparsekd.teachers.identity import teacher_identity
-from sparsekd.teachers.loading import model_arguments, refuse_beyond_positions
+from sparsekd.teachers.loading import model_arguments, refuse_beyond_positions, require_unchanged
 from sparsekd.teachers.protocols import Role
 
 _log = logging.getLogger(__name__)
@@ -128,6 +128,7 @@ class LateInteractionScorer:
         folder = resolve(self._teacher.model).path
         self._refuse_fresh_weights(folder)
         model = MultiVectorEncoder(str(folder), **arguments)
+        require_unchanged(self._teacher.model, self.identity)
         if self._teacher.max_length is not None:
             refuse_beyond_positions(
                 model, self._teacher.model, self._teacher.max_length, ", or no max_length for the limit it was saved with"

@@ -5,10 +5,12 @@ Nothing falls back: a device that is not there, or a limit the model has no posi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from sparsekd.artifact import differing_fields
 from sparsekd.device import prepare_device
-from sparsekd.model_reference import num_positions
+from sparsekd.model_reference import num_positions, resolve, weights_identity
 from sparsekd.recipe import EncoderSpec, ModelSpec, Run
 
 
@@ -25,6 +27,19 @@ def model_arguments(spec: ModelSpec, run: Run) -> dict[str, Any]:
         "local_files_only": True,  # the folder is complete; a model card's base model is not looked up on the hub
         "model_kwargs": {"dtype": getattr(torch, spec.dtype), "use_safetensors": True},
     }
+
+
+def require_unchanged(reference: str, identity: Mapping[str, Any]) -> None:
+    """Raise ValueError if a model that has just been loaded is not the one of this identity: its files changed since the plan.
+
+    Nothing would tell later: what it answers would be banked as the other's.
+    """
+    changed = differing_fields(identity["weights"], weights_identity(resolve(reference).path))
+    if changed:
+        raise ValueError(
+            f"model {reference!r}: {', '.join(changed)} changed after its key was made, so nothing is banked under it; run the "
+            "same command again"
+        )
 
 
 def length_limit(model: Any, spec: EncoderSpec) -> int | None:

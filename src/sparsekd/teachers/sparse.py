@@ -25,7 +25,7 @@ from sparsekd.teachers.batching import BLOCK, length_batches
 from sparsekd.teachers.embedding import bank_texts
 from sparsekd.teachers.identity import sparse_identity
 from sparsekd.teachers.keys import unique_keys
-from sparsekd.teachers.loading import length_limit, model_arguments
+from sparsekd.teachers.loading import length_limit, model_arguments, require_unchanged
 from sparsekd.teachers.protocols import Role
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ class SparseTeacher:
         folder = resolve(self._spec.model).path
         _refuse_fresh_heads(self._spec, folder)
         model = SparseEncoder(str(folder), **arguments)
+        require_unchanged(self._spec.model, self.identity)
         for role in _TASK_BY_ROLE:
             module = _input_module(model, role)
             if hasattr(module, "config"):  # a table of weights has no positions

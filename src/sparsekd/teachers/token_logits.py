@@ -22,7 +22,7 @@ from sparsekd.recipe import CausalLMTeacher, Run, TokenLogitTeacher
 from sparsekd.teachers.batching import forward_tokens, length_batches
 from sparsekd.teachers.finite import require_finite
 from sparsekd.teachers.identity import teacher_identity
-from sparsekd.teachers.loading import model_arguments, refuse_beyond_positions
+from sparsekd.teachers.loading import model_arguments, refuse_beyond_positions, require_unchanged
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,6 +149,7 @@ class TokenLogitScorer:
         self._warn_of_special_tokens(tokenizer)
         auto: Any = AutoModelForCausalLM if isinstance(teacher, CausalLMTeacher) else AutoModelForSeq2SeqLM
         model, report = auto.from_pretrained(folder, output_loading_info=True, **how, **arguments["model_kwargs"])
+        require_unchanged(teacher.model, self.identity)
         self._refuse_fresh_weights(folder, report)
         refuse_beyond_positions(model, teacher.model, teacher.max_length)
         if model.get_output_embeddings() is None or (

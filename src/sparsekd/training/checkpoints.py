@@ -44,7 +44,10 @@ def seal(checkpoint: Path, key: str, fields: Mapping[str, Any]) -> None:
         fsync_path(path)
     checksums = {path.relative_to(checkpoint).as_posix(): checksum_of_file(path) for path in files}
     content = {"key": key, "fields": dict(fields), "files": checksums, "processes": ranks.num_processes()}
+    for folder in (path for path in checkpoint.rglob("*") if path.is_dir()):
+        fsync_path(folder)
     write_json_atomically(checkpoint / SEAL, {**content, "seal": key_of(content)})
+    fsync_path(checkpoint.parent)  # the checkpoint before this one is removed next, and must not be all that a power cut takes
 
 
 def newest_whole_checkpoint(folder: Path, key: str, fields: Mapping[str, Any]) -> Path | None:
