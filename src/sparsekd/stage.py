@@ -87,7 +87,7 @@ def run_stage(
         return 128 + stopped.number
     except KeyboardInterrupt as interrupt:
         if _is_first():
-            sys.stderr.write(f"interrupted; what was committed stays; go on with: {_launched()}\n")
+            sys.stderr.write(f"interrupted; what was committed stays\ngo on with: {_launched()}\n")
         return exit_code(interrupt)
     except Exception:
         traceback.print_exc()

@@ -28,5 +28,5 @@ def slurm(
         for name, value in (("time", time), ("partition", partition)):
             if value is not None and not value.replace(":", "").replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"--{name} {value!r}: expected letters, digits, : - and _ only")
-        told = {"jobs": jobs, "cpus": cpus, "gpus": gpus, "time": time, "partition": partition}
-        typer.echo(array_script(str(recipe), overrides or [], **told), nl=False)
+        script = array_script(str(recipe), overrides or [], jobs=jobs, cpus=cpus, gpus=gpus, time=time, partition=partition)
+        typer.echo(script, nl=False)
