@@ -40,7 +40,8 @@ TOP_LEVEL = ("pipeline", "src", "tests", "benchmarks", "docs", "data", ".ci")
 MADE_LATER = ("data/cache", "data/collections", ".venv")
 ENDINGS = (".py", ".toml", ".md", ".txt", ".jsonl", ".tsv", ".yaml")
 # Flags of other people's programs that our documents may show.
-FOREIGN_FLAGS = {"--constraint", "--editable", "--help", "--version", "--nproc-per-node", "--strict", "--max-restarts", "--head", "--address", "--generate"}
+FOREIGN_FLAGS = {"--constraint", "--editable", "--help", "--version", "--nproc-per-node", "--strict", "--max-restarts", "--head"}
+FOREIGN_FLAGS |= {"--address", "--generate"}
 
 # Pages whose blocks of TOML are parts of recipes, and what is put around a part.
 GUIDES = ("your-collection.md", "your-teacher.md", "choosing.md")
