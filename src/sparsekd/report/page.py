@@ -27,6 +27,7 @@ from sparsekd.report.results import UNTRAINED as UNTRAINED_NAME
 from sparsekd.report.text import visible, without_paths
 
 _TEMPLATES = Path(__file__).parent / "templates"
+COLOURS = _TEMPLATES / "colours.css"
 SYSTEM_COLOURS = {STUDENT_NAME: STUDENT, UNTRAINED_NAME: UNTRAINED, BM25: BASELINE}
 _PASSAGE_CHARACTERS = 320
 

@@ -63,6 +63,13 @@ class Drawing(NamedTuple):
     svg: Markup
 
 
+def file_of(drawing: Drawing, colours: str) -> bytes:
+    """Return a drawing as an SVG file, light or dark as whoever shows it; ``colours`` is CSS with the variables of the pages."""
+    head, _, rest = str(drawing.svg).partition(">")
+    style = f'<style>{colours}</style><rect width="100%" height="100%" style="fill:var(--paper)"/>'
+    return f'{head} xmlns="http://www.w3.org/2000/svg">{style}{rest}\n'.encode()
+
+
 @dataclass(frozen=True)
 class Line:
     """A series over steps or ranks."""

@@ -12,8 +12,8 @@ from sparsekd.evaluation.measures import MEASURES
 from sparsekd.plan import Plan
 from sparsekd.recipe import Member
 from sparsekd.report.experiment import settings
-from sparsekd.report.page import NAMES, environment, experiment_path, quality_levels
-from sparsekd.report.plots import Plots, Point
+from sparsekd.report.page import COLOURS, NAMES, environment, experiment_path, quality_levels
+from sparsekd.report.plots import Plots, Point, file_of
 from sparsekd.report.results import STUDENT, Results, Runs, System, read_results
 from sparsekd.study import TeacherCalls, teacher_calls
 
@@ -68,11 +68,17 @@ class StudyFacts:
 
 
 def write_study(plan: Plan, members: Sequence[tuple[Member, Plan]], failures: Mapping[str, str] | None = None) -> Path:
-    """Write the page of a study as far as it has come; return its path, which is the same for the same study."""
+    """Write the page of a study as far as it has come; return its path, which is the same for the same study.
+
+    The curve of quality against FLOPS stands beside it as an SVG file, once it has a point.
+    """
     facts = read_study(plan, members, failures or {})
-    page = environment().get_template("study.html").render(facts=facts, plots=study_plots(facts), **NAMES)
+    plots = study_plots(facts)
+    page = environment().get_template("study.html").render(facts=facts, plots=plots, **NAMES)
     path = study_path(plan, members)
     write_file_atomically(path, page.encode("utf-8"))
+    if curve := plots.get("FLOPS"):
+        write_file_atomically(path.with_suffix(".svg"), file_of(curve, COLOURS.read_text(encoding="utf-8")))
     return path
 
 

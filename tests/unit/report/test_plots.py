@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from sparsekd.report.plots import BASELINE, STUDENT, TEACHER, Line, Plots, Point, series
+from sparsekd.report.plots import BASELINE, STUDENT, TEACHER, Line, Plots, Point, file_of, series
 from sparsekd.report.teaching import histogram, waterfall
 
 NAME = 'a$b_1$ <i>"x"</i> \u202e\u0007'
@@ -34,6 +35,16 @@ def test_colours_are_the_pages_own() -> None:
         assert "var(--ink)" in svg
         assert re.findall(r"#0[0-9a-f]{5}\b", svg) == []
         assert re.findall(r"(?:fill|stroke): (?!none|var\()[^;\"]+", svg) == []
+
+
+def test_a_file_of_a_drawing_is_svg_with_the_pages_colours_in_it() -> None:
+    drawing = Plots().trade_off(NAME, [Point("1", 1.0, 0.5)], x_label="FLOPS", y_label="nDCG@10", levels={})
+
+    root = ElementTree.fromstring(file_of(drawing, ":root{--paper:#fff;--ink:#1d2430}"))
+
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert root.findtext("{http://www.w3.org/2000/svg}style") == ":root{--paper:#fff;--ink:#1d2430}"
+    assert float(root.attrib["viewBox"].split()[2]) > 100
 
 
 def test_no_two_drawings_share_an_id_and_every_reference_is_its_own() -> None:

@@ -123,6 +123,9 @@ def test_the_page_has_a_row_and_a_point_for_every_finished_member(carried: Carri
         assert f'href="{member.page}"' in carried.page
         assert (carried.path.parent / str(member.page)).is_file()
     assert "failed: " in elements.text
+    assert facts.finished[0].student is not None
+    told = f"1: nDCG@10 {facts.finished[0].student.figures['nDCG@10']:.4f} at"
+    assert told in carried.path.with_suffix(".svg").read_text(encoding="utf-8")
     assert elements.tags() & {"script", "img", "iframe"} == set()
     assert str(carried.plan.cache.parent) not in carried.page
 
