@@ -17,8 +17,10 @@ PACKAGE = ROOT / "src" / "sparsekd"
 
 # A room may import rooms of an earlier or its own line; within a line, not in a circle.
 LINES = (
-    ("overrides", "quiet", "interruption", "recipe", "artifact", "model_folder", "model_reference", "provenance", "device"),
-    ("collection",),
+    (
+        *("overrides", "quiet", "interruption", "recipe", "artifact", "model_folder", "model_reference", "provenance", "device"),
+        "collection",
+    ),
     ("packed_body",),
     ("bank",),
     ("runners",),
@@ -41,7 +43,6 @@ STAGE_1 = {"mining", "teachers"}
 STAGE_2 = {"students", "training"}
 WITHOUT_TORCH = (
     *LINES[0],
-    "collection",
     "bank",
     "runners",
     "labels",
