@@ -10,6 +10,7 @@ import importlib
 import os
 import secrets
 import signal
+import socket
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -94,6 +95,7 @@ def _connected(address: str | None, num_cpus: int) -> Any:
     except ImportError as error:
         raise ValueError("[run] runner = 'ray' needs the extra: make setup EXTRAS=cpu,ray") from error
     try:
+        _knock(address)  # Ray itself would try for minutes
         ray.init(
             address=address or "local",
             include_dashboard=False if address is None else None,
@@ -105,10 +107,17 @@ def _connected(address: str | None, num_cpus: int) -> Any:
             f"[run] address = {address!r}: the Ray cluster asks for a token; make one with `ray get-auth-token --generate`, and "
             "give ~/.ray/auth_token to every node"
         ) from error
-    except ConnectionError as error:
+    except (ConnectionError, TimeoutError, socket.gaierror) as error:
         raise ValueError(f"[run] address = {address!r}: no Ray cluster answers there; start one with: ray start --head") from error
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # Ray's own handler ends the process where it stands
     return ray
+
+
+def _knock(address: str | None) -> None:
+    """Raise ConnectionError, TimeoutError or gaierror if nobody listens at ``host:port``; other addresses are Ray's to resolve."""
+    host, _, port = (address or "").rpartition(":")
+    if host and "/" not in host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _work(module: str, document: dict[str, Any], number: int, mark: str) -> tuple[str, str] | None:
