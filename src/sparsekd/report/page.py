@@ -6,6 +6,7 @@ Every value that a template prints is escaped by jinja2 and made visible by ``te
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,7 +96,8 @@ def quality_levels(results: Results) -> dict[str, tuple[float, str]]:
     others = [
         teacher for teacher in results.teachers if BM25 not in results.systems or teacher.run.key != results.systems[BM25].run.key
     ]
-    return levels | {bare(teacher.name): (teacher.figures[MEASURES[0]], TEACHER) for teacher in others}
+    colours = itertools.cycle((TEACHER, *SERIES[4:]))  # those that no other system has
+    return levels | {bare(teacher.name): (teacher.figures[MEASURES[0]], next(colours)) for teacher in others}
 
 
 def _cost_points(results: Results) -> list[Point]:
