@@ -26,7 +26,8 @@ def main() -> int:
             answer = importlib.import_module(told["module"]).work(told["document"], told["number"])
     except TerminatedError as terminated:
         return exit_code(terminated)
-    print(json.dumps(answer), file=answers, flush=True)
+    answers.write(json.dumps(answer) + "\n")
+    answers.close()
     return 0
 
 
