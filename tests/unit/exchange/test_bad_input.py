@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import Result
 
-from sparsekd.artifact import key_of, publish
+from sparsekd.artifact import key_of, publish, read_manifest, write_manifest
 from sparsekd.exchange.layouts import LAYOUTS
 from sparsekd.exchange.score_dict import read_score_dict
 from sparsekd.labels.contract import KIND, Contract, table_schema
@@ -781,9 +781,9 @@ def test_a_collection_whose_texts_have_changed_is_refused(run: Run, table: Score
 
 
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(folder)
     change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    write_manifest(folder, manifest)
 
 
 def test_a_table_away_from_its_candidates_cannot_tell_whether_texts_have_changed_and_says_so(

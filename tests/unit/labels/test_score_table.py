@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from sparsekd.artifact import IntegrityError, publish
+from sparsekd.artifact import IntegrityError, publish, read_manifest, write_manifest
 from sparsekd.labels.contract import KIND, Contract, table_schema
 from sparsekd.labels.score_table import ScoreTable, check_for_loss
 from sparsekd.mining.shards import write_shards
@@ -208,11 +207,11 @@ def test_rows_that_teach_nonsense_are_refused(published: Any, change: dict[str, 
 
 
 def test_another_artifact_is_refused(published: Any) -> None:
-    manifest = published() / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "kind": "candidates"}))
+    folder = published()
+    write_manifest(folder, {**read_manifest(folder), "kind": "candidates"})
 
     with pytest.raises(IntegrityError, match="holds 'candidates', expected 'score-table'"):
-        ScoreTable.open(manifest.parent)
+        ScoreTable.open(folder)
 
 
 def with_calibration(**calibration: Any) -> Any:

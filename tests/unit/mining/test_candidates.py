@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sparsekd.artifact import IntegrityError, key_of
+from sparsekd.artifact import IntegrityError, key_of, read_manifest, write_manifest
 from sparsekd.mining.candidates import COLLECTION_FILES, Candidates, candidates_fields, miner_names
 from sparsekd.mining.miners import mine_candidates
 
@@ -193,7 +193,7 @@ def test_a_missing_shard_another_kind_and_no_manifest_are_refused(published: Pat
         Candidates.open(published)
     (tmp_path / "away.arrow").rename(shard)
 
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "kind": "score-table"}))
+    write_manifest(published, {**read_manifest(published), "kind": "score-table"})
     with pytest.raises(IntegrityError, match="holds 'score-table', expected 'candidates'"):
         Candidates.open(published)
 
