@@ -7,6 +7,7 @@ P distinct pairs, R rows, N passages per row, positive first.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import logging
@@ -37,7 +38,8 @@ FACTS = "facts.json"
 
 
 def examined(plan: Plan, table: ScoreTable, extra: Mapping[str, Any]) -> Artifact | None:
-    """Find or make the facts of ``table``, log them short and return their artifact; None where no score labels.
+    """Find or make the facts of ``table``, log them short and return their artifact; None where no score labels, or where the
+    cache is read-only.
 
     ``extra`` (command, versions) is recorded in the manifest.
     """
@@ -51,8 +53,15 @@ def examined(plan: Plan, table: ScoreTable, extra: Mapping[str, Any]) -> Artifac
         scores = {name: bank.open(plan.teacher_identities[name]) for name in scored_teachers(plan.recipe)}
         facts = table_facts(plan.recipe, table, BankedScores(plan.collection, scores), _spread(run) if run else None)
         folder = plan.folder("doctor", fields)
-        with publish(folder, kind=KIND, fields=fields, extra=dict(extra)) as temporary:
-            write_json_atomically(temporary / FACTS, facts)
+        try:
+            with publish(folder, kind=KIND, fields=fields, extra=dict(extra)) as temporary:
+                write_json_atomically(temporary / FACTS, facts)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES):
+                raise
+            logger.warning("score doctor: %s is read-only, its facts are not kept", plan.cache)  # a table there still hits
+            logger.info("score doctor\n  %s", "\n  ".join(described_facts(facts)))
+            return None
         found = plan.hit("doctor", fields)
         assert found is not None, folder
     verify(found)
