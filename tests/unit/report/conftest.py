@@ -76,6 +76,8 @@ class Browser:
         self.ask("Page.navigate", url=page.resolve().as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._read())
+        painted = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        self.ask("Runtime.evaluate", expression=painted, awaitPromise=True)  # on a busy machine the width follows the load
 
     def value_of(self, expression: str) -> Any:
         """Return the value of an expression in the page, as the debugger reads it: the page's own policy forbids its scripts."""
