@@ -48,8 +48,10 @@ class _Ranked:
 
 
 def evaluate(experiment: Experiment) -> Artifact:
-    """Find or make the evaluation: ``metrics.json`` and one TREC run file per system. Trains the student first if it is
-    measured and must be."""
+    """Find or make the evaluation: ``metrics.json`` and one TREC run file per system.
+
+    Trains the student first where it is measured and not there yet.
+    """
     plan, fields = experiment.plan, experiment.plan.evaluation_fields()
     hit = plan.hit("evaluations", fields)
     if hit is not None:

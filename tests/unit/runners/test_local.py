@@ -44,8 +44,10 @@ def test_without_threads_the_cores_are_divided(run: Run, tmp_path: Path) -> None
     assert (tmp_path / "0.txt").read_text(encoding="utf-8") == str(max(1, len(os.sched_getaffinity(0)) // 2))
 
 
-def test_what_a_worker_prints_is_no_answer(run: Run) -> None:
-    run("print('{\"a library\": true}')")
+def test_what_a_worker_prints_is_no_answer(run: Run, tmp_path: Path) -> None:
+    run("print('{\"a library\": true}')\npathlib.Path(f'done-{number}').touch()")
+
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
 
 
 def test_a_killed_worker_is_started_again(run: Run, tmp_path: Path) -> None:

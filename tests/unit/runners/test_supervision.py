@@ -69,7 +69,11 @@ def test_deaths_that_leave_no_trace_in_the_bank_end_the_run() -> None:
 
 
 def test_deaths_that_the_bank_has_counted_do_not() -> None:
-    supervise(Scripted([killed(0)] * 20 + [Ended(0)]), 1, always_new)
+    workers = Scripted([killed(0)] * 20 + [Ended(0)])
+
+    supervise(workers, 1, always_new)
+
+    assert workers.started == [0] * 21
 
 
 def test_there_is_an_end_to_deaths_all_the_same() -> None:
