@@ -32,7 +32,7 @@ class RayWorkers:
         Raises ValueError without the extra ``ray``, if there is no cluster, or if no node of it could ever hold a worker.
         """
         self._task = task
-        self._ray = _connected(address, max(1, task.num_workers) * cpus)
+        self._ray = _connected(address, task.num_workers * cpus)
         self._numbers: dict[Any, int] = {}
         self._mark = cache.resolve() / f".seen-by-all-{secrets.token_hex(8)}"
         try:
