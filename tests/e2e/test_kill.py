@@ -32,7 +32,8 @@ def kill_when(process: subprocess.Popen[str], is_reached: Callable[[], bool], de
 
 def banked_pairs(cache: Path) -> int:
     """Scored pairs on disk, as the bank's manifests say."""
-    return sum(_rows(path) for path in (cache / "bank" / "scores").glob("*/manifest.json"))
+    published = (path for path in (cache / "bank" / "scores").glob("*/manifest.json") if not path.parent.name.startswith("."))
+    return sum(_rows(path) for path in published)
 
 
 def _rows(path: Path) -> int:
