@@ -71,7 +71,7 @@ lint: $(SETUP) ## ruff and mypy --strict
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
-bench: $(SETUP) ## Every benchmark, on small sizes
+bench: $(SETUP) data ## Every benchmark, on small sizes
 	$(or $(foreach script,$(BENCHES),$(RUN) $(script) --quick &&),) true
 
 gpu-check: $(SETUP) ## What can only be checked on a GPU
