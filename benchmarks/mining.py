@@ -167,6 +167,7 @@ def ours(data: Data) -> Callable[[], None]:
     import faiss  # noqa: F401
 
     from sparsekd.collection.beir import Collection
+    from sparsekd.mining.candidates import COLLECTION_FILES, candidates_fields
     from sparsekd.mining.miners import mine_candidates
     from sparsekd.recipe import Recipe
 
@@ -196,9 +197,11 @@ def ours(data: Data) -> Callable[[], None]:
         {},
     )
 
+    fields = candidates_fields(recipe, dict.fromkeys(COLLECTION_FILES, "synthetic"), [{"vectors": "synthetic"}])
+
     def mine() -> None:
         with tempfile.TemporaryDirectory() as cache:
-            mine_candidates(recipe, collection, cache=Path(cache), fields={"bench": "mining"}, source=Source())
+            mine_candidates(recipe, collection, cache=Path(cache), fields=fields, source=Source())
 
     return mine
 

@@ -119,7 +119,8 @@ def finished(make_place: Callable[..., Place]) -> Place:
 
 def content(place: Place) -> dict[str, bytes]:
     """Return the bytes of what was made: rows, weights, rankings; manifests tell the time."""
-    patterns = ("candidates/*/*.arrow", "tables/*/*.arrow", "students/*/model.safetensors", "runs/*/run.trec", "*/*/metrics.json")
+    patterns = ("searches/*/*.npy", "candidates/*/*.arrow", "tables/*/*.arrow", "students/*/model.safetensors", "runs/*/run.trec")
+    patterns = (*patterns, "*/*/metrics.json")
     found = {path.relative_to(place.cache).as_posix(): path for pattern in patterns for path in place.cache.glob(pattern)}
     return {name: path.read_bytes() for name, path in found.items() if "/.tmp-" not in name}
 
@@ -222,8 +223,8 @@ def test_an_input_that_changes_meanwhile_is_named_with_exit_2_before_anything_is
     child = place.start(script)
     while child.is_running() and not any(place.cache.glob(sign)):
         time.sleep(0.001)
-    before = {path for path in place.cache.glob("*/*/manifest.json")}
     child.signal(signal.SIGSTOP)
+    before = {path for path in place.cache.glob("*/*/manifest.json")}
     with (place.folder / name).open("a", encoding="utf-8") as stream:
         stream.write("\n")
     child.signal(signal.SIGCONT)
@@ -234,8 +235,8 @@ def test_an_input_that_changes_meanwhile_is_named_with_exit_2_before_anything_is
     assert ("bm25.qrels was " if stage == "evaluate" else Path(name).name) in child.stderr.splitlines()[-1]
     assert "run the same command again" in child.stderr.splitlines()[-1]
     made = {path for path in place.cache.glob("*/*/manifest.json") if path.parent.parent.name != "bank"}
-    kinds = {"mine": "candidates", "score": "tables", "table": "tables", "train": "students", "evaluate": "evaluations"}
-    assert not [path for path in made - before if path.parent.parent.name == kinds[stage]]
+    kinds = {"mine": "searches candidates", "score": "tables", "table": "tables", "train": "students", "evaluate": "evaluations"}
+    assert not [path for path in made - before if path.parent.parent.name in kinds[stage].split()]
     place.run(script)
     count(1)
 

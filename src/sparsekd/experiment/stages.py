@@ -34,15 +34,27 @@ def candidates(experiment: Experiment) -> Candidates:
     if hit is not None:
         logger.info("candidates %s: hit", hit.key)
         return Candidates.open(hit.folder)
-    from sparsekd.mining.miners import bank_miner_vectors, mine_candidates
+    from sparsekd.mining.miners import mine_candidates, share_searches
 
     if plan.previous is not None:
         number = experiment.recipe.mining.rounds
         logger.info("candidates of round %d are mined with the student of round %d", number, number - 1)
         student(Experiment(plan.previous))
     source = MinerVectors(experiment)
+
+    def check_inputs() -> None:
+        plan.require_unchanged("candidates")
+
     if experiment.recipe.run.part[1] > 1:
-        bank_miner_vectors(plan.mined_recipe, experiment.collection, source)  # shared; what follows is one process's
+        share_searches(
+            plan.mined_recipe,
+            experiment.collection,
+            cache=plan.cache,
+            fields=fields,
+            source=source,
+            extra=experiment.provenance(),
+            check_inputs=check_inputs,
+        )  # what follows is one process's
     with _one_process(plan.folder("candidates", fields)):
         if (hit := plan.hit("candidates", fields)) is not None:
             return Candidates.open(hit.folder)
@@ -53,7 +65,7 @@ def candidates(experiment: Experiment) -> Candidates:
             fields=fields,
             source=source,
             extra=experiment.provenance(),
-            check_inputs=lambda: plan.require_unchanged("candidates"),
+            check_inputs=check_inputs,
         )
 
 

@@ -1,6 +1,6 @@
 """Runs the miners over the training queries and publishes what policy keeps.
 
-Each miner answers all queries before the next is asked (``rankings``); then policy goes through the queries, shard by shard.
+Each miner answers all queries (``searches``); then policy goes through the queries, shard by shard.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import pyarrow as pa
 
 from sparsekd.artifact import publish
 from sparsekd.collection.beir import Collection
-from sparsekd.mining.candidates import KIND, SCHEMA, SHORTFALL_FILE, Candidates, candidates_folder, miner_names
+from sparsekd.mining.candidates import KIND, SCHEMA, SHORTFALL_FILE, Candidates, candidates_folder
 from sparsekd.mining.question import JudgedQuery, Question, Ranking, VectorSource
 from sparsekd.mining.ranking import NONE
-from sparsekd.mining.rankings import ranking_of
+from sparsekd.mining.searches import Searches
 from sparsekd.mining.selection import REASONS, Candidate, Proposal, select_candidates
 from sparsekd.mining.shards import ROWS_PER_SHARD, write_shards
 from sparsekd.recipe import DenseMiner, Miner, Mining, Recipe, SparseMiner
@@ -74,8 +74,9 @@ def mine_candidates(
     """
     started = time.monotonic()
     judged, counts = judged_queries(recipe, collection)
-    question, asked = Question(recipe, collection, judged, source), recipe.mining.asked
-    rankings = [ranking_of(miner, name, question) for miner, name in zip(asked, miner_names(asked), strict=True)]
+    searches = Searches(Question(recipe, collection, judged, source), cache=cache, fields=fields)
+    searches.share(extra or {}, check_inputs)
+    rankings = searches.rankings()
     folder = candidates_folder(cache, fields)
     published: dict[str, Any] = dict(extra or {})
     with publish(folder, kind=KIND, fields=fields, extra=published) as temporary:
@@ -96,19 +97,35 @@ def mine_candidates(
     return Candidates.open(folder)
 
 
-def bank_miner_vectors(recipe: Recipe, collection: Collection, source: VectorSource) -> None:
-    """Have all vectors that dense and sparse miners will ask for banked, the same shards as when they ask; keeps none."""
+def share_searches(
+    recipe: Recipe,
+    collection: Collection,
+    *,
+    cache: Path,
+    fields: Mapping[str, Any],
+    source: VectorSource,
+    extra: Mapping[str, Any],
+    check_inputs: Callable[[], None],
+) -> None:
+    """Do what of ``mine_candidates`` several processes can share: the miners' vectors and searches, left in the cache."""
     judged, _ = judged_queries(recipe, collection)
-    queries, passages = Question(recipe, collection, judged, source).queries, list(collection.passages.values())
+    question = Question(recipe, collection, judged, source)
+    _bank_vectors(question)
+    Searches(question, cache=cache, fields=fields).share(extra, check_inputs)
+
+
+def _bank_vectors(question: Question) -> None:
+    """Have all vectors that dense and sparse miners will ask for banked, the same shards as when they ask; keeps none."""
+    recipe, source, passages = question.recipe, question.source, list(question.collection.passages.values())
     size = recipe.run.shard_passages
     parts = [passages[start : start + size] for start in range(0, len(passages), size)]
     for miner in recipe.mining.asked:
         if isinstance(miner, DenseMiner):
-            source.vectors(miner, queries, "query")
+            source.vectors(miner, question.queries, "query")
             for part in parts:
                 source.vectors(miner, part, "passage")
         elif isinstance(miner, SparseMiner):
-            source.sparse_vectors(miner, queries, "query")
+            source.sparse_vectors(miner, question.queries, "query")
             for part in parts:
                 source.sparse_vectors(miner, part, "passage")
 

@@ -50,6 +50,22 @@ class JudgedQuery:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What one miner finds for some of the queries, Q of them."""
+
+    positions_QK: Positions
+    scores_QK: Scores
+    positive_scores: Scores | None = None
+    """float32, this miner's scores of the queries' positives, query by query; None where no filter asks or the miner has none."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the manifest says of this miner beside the counts."""
+
+
+Search = Callable[[range], Answer]
+"""One miner, ready to answer the queries of any rows; no answer depends on what else is asked."""
+
+
+@dataclass(frozen=True)
 class Ranking:
     """One miner's answer to all queries."""
 
@@ -59,7 +75,6 @@ class Ranking:
     scores_QK: Scores
     ceilings_Q: NDArray[np.float64]
     facts: dict[str, Any] = field(default_factory=dict)
-    """What the manifest says of this miner beside the counts."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +97,28 @@ class Question:
         negative_filter = self.recipe.mining.filter
         return negative_filter.by == "miner" and negative_filter.reads_scores
 
-    def ceilings(self, positive_scores: Callable[[int, list[str]], Scores]) -> NDArray[np.float64]:
-        """Return float64 [Q]: the score above which a miner's proposals are likely false negatives; infinity without such a filter.
+    def positive_scores(self, rows: range, scores_of: Callable[[int, list[str]], Scores]) -> Scores | None:
+        """Return a miner's scores of the positives of some queries, as an ``Answer`` has them.
 
-        ``positive_scores`` gives that miner's float32 scores of a query's positives, by row and passage_ids.
+        ``scores_of`` gives its float32 scores of one query's positives, by row and passage_ids.
         """
         if not self.filters_by_miner:
+            return None
+        return np.concatenate([scores_of(row, self.judged[row].positive_ids) for row in rows])
+
+    def ceilings(self, positive_scores: Scores | None) -> NDArray[np.float64]:
+        """Return float64 [Q]: the score above which a miner's proposals are likely false negatives; infinity where there is none.
+
+        ``positive_scores`` are an ``Answer``'s to all queries.
+        """
+        if positive_scores is None:
             return np.full(len(self.judged), np.inf)
-        scores_by_row = [positive_scores(row, query.positive_ids) for row, query in enumerate(self.judged)]
+        ends = np.cumsum([len(query.positive_ids) for query in self.judged])[:-1]
         negative_filter = self.recipe.mining.filter
-        limit = percentile_limit(np.concatenate(scores_by_row), negative_filter)
+        limit = percentile_limit(positive_scores, negative_filter)
+        scores_by_row = np.split(positive_scores, ends)
         return np.array([ceiling_of(float(scores.min()), negative_filter, limit) for scores in scores_by_row])
 
-    def positive_ids(self) -> list[str]:
-        """Return every query's scored positives, each passage_id once."""
-        return list(dict.fromkeys(passage_id for query in self.judged for passage_id in query.positive_ids))
+    def positive_ids(self, rows: range) -> list[str]:
+        """Return the scored positives of some queries, each passage_id once."""
+        return list(dict.fromkeys(passage_id for row in rows for passage_id in self.judged[row].positive_ids))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from sparsekd.collection.beir import Collection
-from sparsekd.recipe import Recipe
+from sparsekd.mining.candidates import COLLECTION_FILES, candidates_fields, has_identity
+from sparsekd.recipe import Recipe, RunMiner
 
 PASSAGES = {
     "p0": "the cat sat on the mat",
@@ -77,3 +80,19 @@ def make_recipe() -> Callable[..., Recipe]:
         return Recipe.model_validate({**document, **sections})
 
     return make
+
+
+@pytest.fixture
+def fields_of() -> Callable[..., dict[str, Any]]:
+    """Return ``fields(recipe, collection, encoder)``: what keys candidates over a collection that no file holds."""
+
+    def fields(recipe: Recipe, collection: Collection, encoder: str = "") -> dict[str, Any]:
+        content = hashlib.sha256(repr(collection).encode()).hexdigest()
+        identities = [
+            {"is": Path(miner.path).read_text(encoding="utf-8") if isinstance(miner, RunMiner) else encoder}
+            for miner in recipe.mining.asked
+            if has_identity(miner)
+        ]
+        return candidates_fields(recipe, dict.fromkeys(COLLECTION_FILES, content), identities)
+
+    return fields

@@ -161,16 +161,17 @@ def test_miners_of_one_kind_are_told_apart(make_recipe: Any) -> None:
 
 
 @pytest.fixture
-def published(tmp_path: Path, make_recipe: Any, collection: Any, word_vectors: Any) -> Path:
+def published(tmp_path: Path, make_recipe: Any, collection: Any, word_vectors: Any, fields_of: Any) -> Path:
     recipe = make_recipe({"miners": MINING["miners"]})
-    candidates = mine_candidates(recipe, collection, cache=tmp_path, fields={"a": 1}, source=word_vectors())
+    fields = fields_of(recipe, collection)
+    candidates = mine_candidates(recipe, collection, cache=tmp_path, fields=fields, source=word_vectors())
     return candidates.artifact.folder
 
 
 def test_what_was_published_opens(published: Path) -> None:
     candidates = Candidates.open(published)
 
-    assert candidates.key == key_of({"a": 1})
+    assert candidates.key == published.name
     assert [row.query_id for row in candidates] == ["q0", "q1", "q2", "q3"]
 
 

@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 
 from sparsekd.collection.beir import Collection
-from sparsekd.mining.candidates import CandidateRow, Candidates, candidates_folder
+from sparsekd.mining.candidates import CandidateRow, Candidates
 from sparsekd.mining.miners import judged_queries, mine_candidates
 from sparsekd.mining.selection import REASONS
 
 BM25 = {"kind": "bm25", "quota": 3, "depth": 5}
 DENSE = {"kind": "dense", "quota": 2, "depth": 6, "model": "some/encoder"}
-FIELDS = {"made": "for a test"}
 
 
 @pytest.fixture
-def mine(tmp_path: Path, collection: Collection, make_recipe: Any, word_vectors: Any) -> Callable[..., Candidates]:
+def mine(
+    tmp_path: Path, collection: Collection, make_recipe: Any, word_vectors: Any, fields_of: Any
+) -> Callable[..., Candidates]:
     def run(
         mining: dict[str, Any],
         *,
@@ -30,7 +31,8 @@ def mine(tmp_path: Path, collection: Collection, make_recipe: Any, word_vectors:
         path: Path = Path("somewhere"),
     ) -> Candidates:
         recipe = make_recipe(mining, collection={"path": str(path)})
-        return mine_candidates(recipe, over, cache=tmp_path / name, fields=FIELDS, source=word_vectors(similarity))
+        fields = fields_of(recipe, over, similarity)
+        return mine_candidates(recipe, over, cache=tmp_path / name, fields=fields, source=word_vectors(similarity))
 
     return run
 
@@ -253,7 +255,7 @@ def test_a_run_that_names_an_unknown_id_is_refused_with_file_and_line(
     with pytest.raises(ValueError, match=message):
         mine({"miners": [run_file("q0 p5 1", line)]}, path=tmp_path / "collection")
 
-    assert not candidates_folder(tmp_path / "cache", FIELDS).exists()
+    assert not [*(tmp_path / "cache").glob("candidates/*")]
 
 
 def test_rows_are_cut_into_shards(mine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,4 +311,4 @@ def test_nothing_kept_is_refused_with_the_reasons_and_publishes_nothing(mine: An
     ):
         mine({"miners": [{**BM25, "skip": 9, "depth": 12}]})
 
-    assert not candidates_folder(tmp_path / "cache", FIELDS).exists()
+    assert not [*(tmp_path / "cache").glob("candidates/*")]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sparsekd.collection.beir import Collection
 from sparsekd.mining.question import JudgedQuery, Question, Ranking
 from sparsekd.mining.ranking import NONE
-from sparsekd.mining.rankings import ranking_of
+from sparsekd.mining.searches import Searches
 
 NUM_PASSAGES, NUM_QUERIES, WIDTH = 3_000, 40, 12
 DENSE = {"kind": "dense", "quota": 3, "depth": 20, "model": "some/encoder"}
@@ -43,7 +43,7 @@ class NumberedVectors:
 
 
 @pytest.fixture
-def rank(make_recipe: Callable[..., Any]) -> Callable[..., Ranking]:
+def rank(make_recipe: Any, fields_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ranking]:
     """Return ``rank(miner, similarity, shard)``: the miner's answer to 40 queries over 3,000 passages, some of them equal."""
     ids = [f"p{number}" for number in range(NUM_PASSAGES)]
     queries = {f"q{number}": str(70 * number) for number in range(NUM_QUERIES)}
@@ -53,7 +53,10 @@ def rank(make_recipe: Callable[..., Any]) -> Callable[..., Ranking]:
     def run(miner: dict[str, Any], similarity: str = "dot", shard: int = 10**6, **mining: Any) -> Ranking:
         recipe = make_recipe({"miners": [miner], **mining}, run={"shard_passages": shard})
         source = NumberedVectors(similarity)
-        found = ranking_of(recipe.mining.miners[0], "some", Question(recipe, collection, judged, source))
+        question, fields = Question(recipe, collection, judged, source), fields_of(recipe, collection, similarity)
+        searches = Searches(question, cache=tmp_path_factory.mktemp("cache"), fields=fields)  # another each time: all is searched
+        searches.share({})
+        [found] = searches.rankings()
         assert source.longest <= max(shard, NUM_PASSAGES if "index" in miner else NUM_QUERIES)
         return found
 
@@ -123,4 +126,4 @@ def test_recall_and_parameters_are_logged(rank: Callable[..., Ranking], caplog: 
 
     rank({**DENSE, "index": "hnsw"})
 
-    assert "depth 20, index hnsw, links 32, build_effort 200, search_effort 168, window 84, recall " in caplog.text
+    assert "depth 20, build_effort 200, index hnsw, links 32, recall " in caplog.text
