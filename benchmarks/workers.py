@@ -1,4 +1,4 @@
-"""What workers are worth: stage 1 of one recipe from an empty cache by one process, by two workers, and by two on a local Ray cluster.
+"""What workers are worth: stage 1 of one recipe from an empty cache by one process, two workers, and two on a local Ray cluster.
 
 A cross-encoder, MiniLM's body with a head drawn at random, scores what BM25 finds in the built-in collection; every process has one
 thread, shards are small. Wall time from the command to its exit, start of Python, models and Ray included. The tables must be the

@@ -16,6 +16,7 @@ from sparsekd.mining.approximate import describe_parameters, index_parameters
 from sparsekd.mining.candidates import Candidates, miner_names
 from sparsekd.plan import Plan
 from sparsekd.recipe import DenseMiner, FileTeacher
+from sparsekd.resources import describe_needs
 
 _BYTES_PER_PAIR = 24  # `sparsekd bank ls` says 1.46 MB for 66,499 pairs; rounded up
 _FIELDS_SHOWN = 6
@@ -42,6 +43,7 @@ def describe_plan(plan: Plan, kinds: Sequence[str]) -> str:
         if kind == "tables":
             lines += [f"pairs of round {each.recipe.mining.rounds}"] if len(plan.rounds) > 1 else []
             lines += _pairs(each)
+    lines += describe_needs(plan, kinds)
     lines.append("order of work: " + (" -> ".join(_named(plan, missing)) if missing else "nothing to do"))
     return "\n".join(lines)
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from sparsekd.artifact import Artifact, differing_fields, find, key_of
 from sparsekd.bank.scores import ScoreBank
+from sparsekd.bank.sharing import quarantined_items
 from sparsekd.collection.beir import Collection, collection_digest, read_collection
-from sparsekd.labels.building import incomplete_teachers, table_fields
+from sparsekd.labels.building import incomplete_teachers, scored_teachers, table_fields
 from sparsekd.mining.candidates import COLLECTION_FILES, candidates_fields, has_identity
 from sparsekd.mining.run_file import run_identity
 from sparsekd.recipe import (
@@ -207,7 +208,15 @@ class Plan:
         if incomplete:  # a later import fills gaps that other teachers' scores fill now
             identities, bank = [self.teacher_identities[name] for name in incomplete], ScoreBank(self.cache / "bank")
             fields["imported"] = {key_of(identity): bank.open(identity).content for identity in identities}
+        if self.recipe.labels.allow_quarantine and (left_out := self._in_quarantine()):
+            fields["quarantined"] = left_out
         return fields
+
+    def _in_quarantine(self) -> dict[str, str]:
+        """Digest the names of the pairs in quarantine, by the identity of the teachers that have some."""
+        bank, identities = ScoreBank(self.cache / "bank"), [self.teacher_identities[name] for name in scored_teachers(self.recipe)]
+        names = {key_of(identity): quarantined_items(bank.open(identity).folder) for identity in identities}
+        return {key: key_of({"pairs": found}) for key, found in names.items() if found}
 
     @cached_property
     def untrained_fields(self) -> dict[str, Any]:

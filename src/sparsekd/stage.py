@@ -25,6 +25,7 @@ from sparsekd.plan import Plan
 from sparsekd.provenance import command, heard_warnings, is_ours
 from sparsekd.quiet import quieten_libraries
 from sparsekd.recipe import load_recipe
+from sparsekd.resources import require
 from sparsekd.study import FailedMembersError
 from sparsekd.training.stopping import StoppedError
 
@@ -50,6 +51,8 @@ def run_stage(
     options = _parser(description).parse_args(arguments)
     if options.shard is not None:
         options.set.append(f"run.shard={options.shard}")
+    if options.allow_quarantine is not None:
+        options.set.append(f"labels.allow_quarantine={options.allow_quarantine}")
     try:
         recipe = load_recipe(Path(options.recipe), options.set)
         _prepare(recipe.run.log_level, recipe.run.threads)
@@ -57,6 +60,7 @@ def run_stage(
         if options.dry_run:
             sys.stdout.write((describe or _describe)(plan, kinds) + "\n")
             return 0
+        require(plan, kinds)
         # Another process of a launcher's may wait for the first inside a library, which hears no handler; the default ends it.
         with terminable() if _is_first() else contextlib.nullcontext():
             folder = stage(plan)
@@ -134,6 +138,11 @@ def _parser(description: str) -> argparse.ArgumentParser:
         metavar="I/N",
         help="this is process I, from 0, of N that run this recipe over one cache: where it begins; each goes on until everything "
         "is there, so any of them may die",
+    )
+    parser.add_argument(
+        "--allow-quarantine",
+        metavar="N",
+        help="leave up to N pairs out of the table that are in quarantine because they ended every process that scored them",
     )
     parser.add_argument("--dry-run", action="store_true", help="print keys, hits and costs; make nothing")
     return parser

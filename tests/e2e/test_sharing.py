@@ -15,6 +15,7 @@ import pytest
 
 from sparsekd.artifact import read_manifest
 from sparsekd.collection import read_collection
+from sparsekd.labels.score_table import ScoreTable
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -145,3 +146,16 @@ def test_a_passage_that_kills_is_named_with_exit_3_and_all_other_pairs_are_banke
     num_ill, num_pairs = map(int, re.findall(r"teacher mine: (\d+) of (\d+) are", stderr)[0])
     assert banked_rows(place.cache, "scores") == num_pairs - num_ill
     assert not list((place.cache / "tables").glob("[!.]*"))
+
+    process = place.start("teacher_scores", f"labels.allow_quarantine={num_ill - 1}")
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 3, stderr
+    assert not list((place.cache / "tables").glob("[!.]*"))
+    allowed = place.run("teacher_scores", f"labels.allow_quarantine={num_ill}")
+    [poisoned] = [passage_id for passage_id, text in collection.passages.items() if text == poison]
+    manifest = read_manifest(place.folder / allowed.folder)
+    assert manifest["counts"]["pairs_quarantined"] == num_ill
+    ids = [passage_id for _, passage_ids, _ in ScoreTable.open(place.folder / allowed.folder).rows() for passage_id in passage_ids]
+    assert ids
+    assert poisoned not in ids
+    assert place.run("train_student", f"labels.allow_quarantine={num_ill}", "training.max_steps=2").folder

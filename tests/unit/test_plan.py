@@ -102,6 +102,7 @@ SETTINGS: list[tuple[list[str], str, set[str]]] = [
     ([], "labels.rescale.scale=9.0", NONE),  # "raw" has no scale
     ([], "labels.combine=sum", NONE),  # of one teacher of weight 1
     (["labels.weights={judge = 2.0}"], "labels.combine=sum", FROM_TABLE),
+    ([], "labels.allow_quarantine=3", NONE),  # nothing is in quarantine
     ([], "labels.missing=renormalize", NONE),  # among one teacher nothing is shared out
     ([], "labels.weights={judge = 2.0}", NONE),  # one teacher's share is the whole
     (["training.loss=SparseMarginMSELoss"], "labels.kind=margin", FROM_TABLE),
@@ -175,6 +176,7 @@ SETTINGS: list[tuple[list[str], str, set[str]]] = [
     ([], "evaluation.b=0.5", EVALUATION),
     ([], "run.cache=elsewhere", NONE),
     ([], "run.device=cuda", NONE),
+    ([], "run.memory_gb=64", NONE),
     ([], "run.threads=2", NONE),
     ([], "run.batch_tokens=64", NONE),
     ([], "run.shard_pairs=10", NONE),

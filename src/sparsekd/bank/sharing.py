@@ -75,6 +75,16 @@ def attempts(bank: Path) -> frozenset[tuple[str, bytes]]:
     return frozenset((path.name, _content(path)) for path in [*claims, *(bank / CLAIMS).glob(f"*/*/{QUARANTINE}/*")])
 
 
+def quarantined_items(folder: Path) -> list[str]:
+    """Return the names, by content, of the items in quarantine whose answers a bank keeps in ``folder``; see ``SharedShards``."""
+    quarantine = _claims_of(folder) / QUARANTINE
+    return sorted(path.name for path in quarantine.iterdir()) if quarantine.is_dir() else []
+
+
+def _claims_of(folder: Path) -> Path:
+    return folder.parent.parent / CLAIMS / folder.parent.name / folder.name
+
+
 def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -90,7 +100,7 @@ class SharedShards:
 
         ``folder`` is where the bank keeps the answers, ``<root>/<kind>/<key>``; claims are in ``<root>/claims/<kind>/<key>``.
         """
-        self._folder = folder.parent.parent / CLAIMS / folder.parent.name / folder.name
+        self._folder = _claims_of(folder)
         self._items = items
         shards = [items.order[start : start + size] for start in range(0, len(items.order), size)]
         first = part.index * len(shards) // part.of
@@ -143,10 +153,12 @@ class SharedShards:
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         return np.array([position for position in positions.tolist() if names and self._name(position) in names], dtype=np.int64)
 
-    def refuse_quarantined(self, what: str, positions: Positions) -> None:
-        """Raise QuarantineError, naming how many and the first, if any of these items is in quarantine."""
+    def refuse_quarantined(self, what: str, positions: Positions, *, allowed: int = 0) -> None:
+        """Raise QuarantineError, naming how many and the first, if more than so many of these items are in quarantine."""
         found = self.quarantined(positions)
-        if not len(found):
+        if len(found) <= allowed:
+            if len(found):
+                _log.warning("%s: %d are in quarantine and left out, as allowed", what, len(found))
             return
         first = int(found[0])
         raise QuarantineError(

@@ -59,6 +59,7 @@ def score_pairs(
 def _refuse_constant(experiment: Experiment, teacher: AnyTeacher, query_ids: Sequence[str], passage_ids: Sequence[str]) -> None:
     """Raise ValueError if a teacher gives every pair the same score: nothing can be learnt from it, whatever its calibration."""
     gold_sim = experiment.banked(teacher)(teacher.name, query_ids, passage_ids)
+    gold_sim = gold_sim[~np.isnan(gold_sim)]  # what is in quarantine
     if len(gold_sim) > 1 and gold_sim.min() == gold_sim.max():
         raise ValueError(
             f"[[teachers]] {teacher.name!r}: all {len(gold_sim):,} pairs have the score {gold_sim[0]:g} ({teacher.kind}, "
@@ -77,7 +78,8 @@ def _pass_gate(
 
     def score(query_ids: Sequence[str], passage_ids: Sequence[str]) -> NDArray[np.float32]:
         _bank(experiment, teacher, _pair_texts(experiment, query_ids, passage_ids))
-        return experiment.banked(teacher)(teacher.name, query_ids, passage_ids)
+        gold_sim = experiment.banked(teacher)(teacher.name, query_ids, passage_ids)
+        return np.nan_to_num(gold_sim, nan=-np.inf, neginf=-np.inf)  # what is in quarantine ranks last
 
     return gate.check_teacher(teacher.name, experiment.collection, experiment.bm25_passages, score)
 
@@ -115,7 +117,7 @@ def _bank(experiment: Experiment, teacher: AnyTeacher, texts: PairTexts) -> Scor
     from sparsekd.teachers.scoring import bank_scorer, bank_scores
 
     experiment.plan.require_unchanged("candidates", "tables")
-    run, scores = experiment.recipe.run, experiment.scores_of(teacher)
+    run, scores, allowed = experiment.recipe.run, experiment.scores_of(teacher), experiment.recipe.labels.allow_quarantine
     if isinstance(teacher, FileTeacher):
         from sparsekd.teachers.file import FileScorer
 
@@ -126,11 +128,11 @@ def _bank(experiment: Experiment, teacher: AnyTeacher, texts: PairTexts) -> Scor
         scorer = BM25Scorer(teacher, experiment.collection.passages)
         return bank_scorer(scorer, teacher.name, run, scores, texts, by_query=True)
     if isinstance(teacher, Teacher) and teacher.kind != "late-interaction":
-        return bank_scores(teacher, run, scores, experiment.embedding_bank, texts)
+        return bank_scores(teacher, run, scores, experiment.embedding_bank, texts, allowed=allowed)
     from sparsekd.teachers.scorers import make_scorer
 
     by_passage = teacher.kind == "late-interaction"
-    return bank_scorer(make_scorer(teacher, run), teacher.name, run, scores, texts, by_passage=by_passage)
+    return bank_scorer(make_scorer(teacher, run), teacher.name, run, scores, texts, by_passage=by_passage, allowed=allowed)
 
 
 def _positions(ids: Sequence[str], unique: Sequence[str]) -> NDArray[np.int32]:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsekd.artifact import Artifact, key_of, naming, publish, read_manifest, write_json_atomically
 from sparsekd.bank.manifest import locked
+from sparsekd.bank.sharing import QuarantineError
 from sparsekd.doctor import describe, examined
 from sparsekd.experiment.scoring import score_pairs
 from sparsekd.experiment.sources import Experiment, MinerVectors, TeacherVectors
 from sparsekd.experiment.worker import share_stage_1
+from sparsekd.labels.banked import BankedScores
 from sparsekd.labels.building import build_table, scored_teachers
+from sparsekd.labels.complete import complete
 from sparsekd.labels.rows import choose_rows
 from sparsekd.labels.score_table import ScoreTable
 from sparsekd.labels.vectors import vocabulary_digest
-from sparsekd.mining.candidates import Candidates
+from sparsekd.mining.candidates import CandidateRow, Candidates
+from sparsekd.plan import Plan
+from sparsekd.recipe import AnyTeacher, FileTeacher
 
 if TYPE_CHECKING:
     from sentence_transformers import SparseEncoder
@@ -83,12 +89,13 @@ def score_table(experiment: Experiment) -> ScoreTable:
     started = time.monotonic()
     teachers = [experiment.teacher(name) for name in scored_teachers(experiment.recipe)]
     scored, gates = score_pairs(experiment, mined, teachers)
-    counts = {**scored, "mining": mined.counts}
     banked = experiment.banked(*teachers)
+    kept, left_out = _without_quarantined(plan, mined, banked, teachers)
+    counts = {**scored, **left_out, "mining": mined.counts}
     with _one_process(plan.folder("tables", plan.table_fields)):
         if (hit := plan.hit("tables", plan.table_fields)) is not None:
             return _examined(experiment, ScoreTable.open(hit.folder))
-        rows = choose_rows(experiment.recipe, mined, banked)
+        rows = choose_rows(experiment.recipe, kept, banked)
         plan.require_unchanged("candidates", "tables")
         table = build_table(
             experiment.recipe,
@@ -102,6 +109,31 @@ def score_table(experiment: Experiment) -> ScoreTable:
         )
     logger.info("pairs: %d, %d scored, %d reused", counts["pairs"], counts["pairs_scored"], counts["pairs_reused"])
     return _examined(experiment, table)
+
+
+def _without_quarantined(
+    plan: Plan, mined: Candidates, banked: BankedScores, teachers: Sequence[AnyTeacher]
+) -> tuple[Iterable[CandidateRow], dict[str, int]]:
+    """Return the candidates without the pairs in quarantine that the recipe lets go, and their count.
+
+    Raises QuarantineError if there are more, or if the plan's key was made before they were there.
+    """
+    allowed = plan.recipe.labels.allow_quarantine
+    if not allowed:
+        return mined, {}  # scoring has refused them
+    kept = complete(mined, banked, [teacher.name for teacher in teachers if not isinstance(teacher, FileTeacher)])
+    number = len(kept.missing)
+    if number > allowed:
+        raise QuarantineError(
+            f"{number:,} pairs are in quarantine, over all teachers, and labels.allow_quarantine = {allowed:,}; mend their texts, "
+            "or allow as many"
+        )
+    if number and key_of(Plan(plan.recipe, plan.overrides).table_fields) != key_of(plan.table_fields):
+        raise QuarantineError(
+            f"{number:,} pairs are in quarantine since this run began, and may be left out; the table's key has to tell of them: "
+            "run the same command again"
+        )
+    return kept, {"pairs_quarantined": number} if number else {}
 
 
 def _one_process(folder: Path) -> AbstractContextManager[bool]:

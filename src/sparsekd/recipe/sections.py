@@ -79,6 +79,9 @@ class Labels(_Section):
     """A pair that a teacher of the mix has not scored: ``require`` refuses it; ``renormalize`` shares that teacher's weight out
     among those that have, in proportion to theirs; so imported scores may lack pairs, but not those of a teacher that filters or
     selects. A pair that none has scored is refused always."""
+    allow_quarantine: int = Field(default=0, ge=0)
+    """Pairs, over all teachers, that the table may do without because they ended every process that scored them. They are left out
+    of their query's row, counted, and enter the key; more of them end stage 1 with exit 3, as texts that no encoder survives do."""
     rescale: Calibration = Calibration()
     """Applied to the combined scores, over the whole table: raw, zscore or affine; SPLADE-v3's recipe is affine to a reference."""
 
@@ -261,6 +264,9 @@ class Run(_Section):
     """The Ray cluster's, e.g. ``auto`` on one of its nodes or ``10.0.0.1:6379``; None starts a cluster on this machine."""
     gpus_per_worker: float = Field(default=0.0, ge=0)
     """GPUs that Ray reserves for each worker; a fraction lets several share one."""
+    memory_gb: float | None = Field(default=None, gt=0)
+    """Memory that the processes of a stage may use together, 10^9 bytes; a stage that is estimated to need more is refused before
+    it begins. None takes what the machine, or its control group, has."""
     shard_passages: int = Field(default=20_000, ge=1)
     """Passages whose vectors a miner searches at once, so that no collection is larger than memory: 8 bytes a dim with FAISS's own
     copy, 61 MB at width 384."""

@@ -63,17 +63,20 @@ class ScoringCounts:
     """Pairs (cross-encoder) or texts (dense) cut to the length limit, among those computed now."""
 
 
-def bank_scores(teacher: Teacher, run: Run, scores: TeacherScores, embeddings: EmbeddingBank, texts: PairTexts) -> ScoringCounts:
+def bank_scores(
+    teacher: Teacher, run: Run, scores: TeacherScores, embeddings: EmbeddingBank, texts: PairTexts, *, allowed: int = 0
+) -> ScoringCounts:
     """Append the gold_sim of every unknown pair to ``scores``; a bi-encoder's vectors go to ``embeddings`` (or its ``sparse``) too.
 
-    ``scores`` must be open under ``teacher_identity(teacher)``. Raises ValueError, banking nothing of the shard, if the teacher
+    ``scores`` must be open under ``teacher_identity(teacher)``. Raises QuarantineError if more pairs than ``allowed`` end the
+    processes that score them, or any text those that encode it. Raises ValueError, banking nothing of the shard, if the teacher
     gives a score that is not finite.
     """
     if teacher.kind == "dense":
         return bank_similarities(DenseEncoder(teacher, run), teacher.name, run, scores, embeddings, texts)
     if teacher.kind == "sparse":
         return bank_dot_products(SparseTeacher(teacher, run), teacher.name, run, scores, embeddings.sparse, texts)
-    return bank_scorer(CrossEncoderScorer(teacher, run), teacher.name, run, scores, texts)
+    return bank_scorer(CrossEncoderScorer(teacher, run), teacher.name, run, scores, texts, allowed=allowed)
 
 
 def bank_scorer(
@@ -85,8 +88,9 @@ def bank_scorer(
     *,
     by_query: bool = False,
     by_passage: bool = False,
+    allowed: int = 0,
 ) -> ScoringCounts:
-    """Fill ``scores`` from any Scorer; ``name`` is for the log.
+    """Fill ``scores`` from any Scorer, but for ``allowed`` pairs in quarantine; ``name`` is for the log.
 
     ``by_query`` hands over the pairs of one query together, for a scorer that texts of mixed lengths cost nothing; ``by_passage``
     those of one passage, for one that keeps what it made of the latest texts.
@@ -98,10 +102,10 @@ def bank_scorer(
         pairs = replace(pairs, order=np.lexsort((pairs.passage_keys[:, 1], pairs.passage_keys[:, 0])))
 
     if isinstance(scorer, BatchedScorer):
-        _commit_shards(pairs, lambda shards, bar: _score_ahead(scorer, pairs, shards, bar), name, run, scores)
+        _commit_shards(pairs, lambda shards, bar: _score_ahead(scorer, pairs, shards, bar), name, run, scores, allowed)
     else:
         score = _by_block(lambda block: scorer.score([pairs.texts_of(position) for position in block]))
-        _commit_shards(pairs, score, name, run, scores)
+        _commit_shards(pairs, score, name, run, scores, allowed)
     return _counts(pairs, scorer.num_truncated)
 
 
@@ -232,7 +236,9 @@ def _score_ahead(scorer: BatchedScorer, pairs: _Pairs, shards: Iterable[Position
         yield scorer.score_tokens(tokens, bar.update)
 
 
-def _commit_shards(pairs: _Pairs, score: ScoreShards, name: str, run: Run, scores: TeacherScores) -> None:
+def _commit_shards(
+    pairs: _Pairs, score: ScoreShards, name: str, run: Run, scores: TeacherScores, allowed: int = 0
+) -> None:
     """Score the missing pairs, shared with whoever scores the same, append them shard by shard, and log counts, rate and range."""
     total, todo = len(pairs.gold_sim), int(pairs.missing.sum())
     started, num_scored = time.monotonic(), 0
@@ -247,15 +253,16 @@ def _commit_shards(pairs: _Pairs, score: ScoreShards, name: str, run: Run, score
                 _append(pairs, shard, scores)
                 shards.committed()
                 num_scored += len(shard)
-        shards.refuse_quarantined(f"teacher {name}", np.flatnonzero(pairs.missing))
+        shards.refuse_quarantined(f"teacher {name}", np.flatnonzero(pairs.missing), allowed=allowed)
     if num_scored < todo:  # others have scored the rest
         elsewhere = np.flatnonzero(np.isnan(pairs.gold_sim))
         pairs.gold_sim[elsewhere] = scores.lookup(pairs.query_keys[elsewhere], pairs.passage_keys[elsewhere])
         _log.info("teacher %s: %d pairs were scored by other processes", name, todo - num_scored)
     rate = num_scored / max(time.monotonic() - started, 1e-9)
     _log.info("teacher %s: %d pairs, scored %d, reused %d, %.1f pairs/s", name, total, num_scored, total - todo, rate)
-    if total:
-        low, mean, high = pairs.gold_sim.min(), pairs.gold_sim.mean(dtype=np.float64), pairs.gold_sim.max()
+    known = pairs.gold_sim[~np.isnan(pairs.gold_sim)]  # all, but for what is in quarantine
+    if len(known):
+        low, mean, high = known.min(), known.mean(dtype=np.float64), known.max()
         _log.info("teacher %s: gold_sim min %.4f, mean %.4f, max %.4f", name, low, mean, high)
 
 
