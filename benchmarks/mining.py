@@ -165,6 +165,7 @@ def library(data: Data) -> Callable[[], None]:
 def ours(data: Data) -> Callable[[], None]:
     """Return what mines by ``mine_candidates`` and publishes."""
     import faiss  # noqa: F401
+    import pandas as pd  # noqa: F401 # 51 MB that pyarrow imports with the first table; for the library, datasets has
 
     from sparsekd.collection.beir import Collection
     from sparsekd.mining.candidates import COLLECTION_FILES, candidates_fields

@@ -21,12 +21,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 DROPOUT = "student.dropout=0.1"
 POLL_SECONDS = 0.005
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 Content = Callable[[Path, str], dict[str, bytes]]
 
 
-def launch(workplace: Any, *overrides: str) -> subprocess.Popen[str]:
-    """Start two processes of stage 2."""
+def launch(workplace: Any, *overrides: str, num_processes: int = 2) -> subprocess.Popen[str]:
+    """Start several processes of stage 2."""
     arguments = [argument for override in overrides for argument in ("--set", override)]
     environment = {
         **os.environ,
@@ -35,7 +35,7 @@ def launch(workplace: Any, *overrides: str) -> subprocess.Popen[str]:
         "GLOO_SOCKET_IFNAME": "lo",
     }
     return subprocess.Popen(
-        [sys.executable, *TORCHRUN, str(ROOT / "pipeline" / "train_student.py"), "recipe.toml", *arguments],
+        [sys.executable, *TORCHRUN, str(num_processes), str(ROOT / "pipeline" / "train_student.py"), "recipe.toml", *arguments],
         cwd=workplace.folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -104,11 +104,12 @@ def test_the_key_knows_nothing_of_the_number_of_processes_and_a_second_run_is_a_
     assert stdout.splitlines() == [str(folder)]
 
 
-def test_two_processes_learn_what_one_learns(make_workplace: Callable[..., Any], uninterrupted: tuple[Any, Path, str, str]) -> None:
+@pytest.mark.parametrize("num_processes", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_several_processes_learn_what_one_learns(make_workplace: Callable[..., Any], num_processes: int) -> None:
     plain = "student.dropout=0.0"
 
     alone = make_workplace().run("train_student", plain).folder
-    together = finish(launch(uninterrupted[0], plain))[0]
+    together = finish(launch(make_workplace(), plain, num_processes=num_processes))[0]
 
     logs = [json.loads((folder / "training.json").read_text(encoding="utf-8")) for folder in (alone, together)]
     ours, theirs = ([entry for entry in log if "loss" in entry] for log in logs)

@@ -1,10 +1,10 @@
-"""Exact dense search: FAISS flat indexes find, float64 arithmetic decides.
+"""Exact dense search: FAISS finds by brute force, float64 arithmetic decides.
 
 A matrix product rounds differently with the number of queries in it (bit-equal scores in 18% of the cases, differences up to
 2e-6, measured with faiss 1.15.1), so FAISS only proposes a window a little deeper than asked. The window is scored again pair
 by pair and sorted by (score, passage_id): a query's result depends on no other query, thread count or device. Where the
 window may be too short for that (many equal passages), the query is scored against all passages.
-Q queries, P passages, D width, K search depth. Costs one float32 copy of the passage vectors inside FAISS.
+Q queries, P passages, D width, K search depth. Passage vectors are copied to a GPU, and at unit length under cosine.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +28,7 @@ _PASSAGE_BLOCK = 4096  # rows copied in float64 at once: 13 MB at width 384
 SLACK = 64
 """Ranks fetched beyond the depth: rounding moves a passage by a rank or two, duplicates by their number."""
 _ROUNDING = 1e-5  # of |q|·|p|: five times the float32 rounding seen in products of width 1024
+_UNIT = 1e-6  # vectors whose lengths are 1 but for float32's rounding are searched as they are under cosine
 _BLAS_QUERIES = 20
 """Queries from which on FAISS is told to search by matrix products; by itself 1.15 waits for some 400, 13 times slower until then
 (50,000 passages of width 384, depth 164, 2 cores)."""
@@ -76,9 +77,11 @@ class DenseIndex:
         self._similarity = similarity
         self._vectors = passage_vectors
         self._id_rank = id_ranks(passage_ids)
-        self._index, self._on_gpu = _flat_index(passage_vectors.shape[1], similarity, device)
+        self._faiss = load_faiss()
+        self._gpu_index = _gpu_index(passage_vectors.shape[1], similarity, device)
         self._lengths_P = np.empty(len(passage_ids)) if similarity == "cosine" else None
-        self._longest = self._add_blocks()
+        self._longest = self._check_blocks()
+        self._searched = self._searchable()
 
     def search_positions(
         self, query_vectors: NDArray[np.float32], depth: int, *, floors_Q: NDArray[np.float32] | None = None
@@ -92,7 +95,7 @@ class DenseIndex:
                 f"dense search: query vectors have shape {query_vectors.shape}, passages have width {self._vectors.shape[1]}; "
                 "both must come from the same encoder"
             )
-        if self._on_gpu:
+        if self._gpu_index is not None:
             check_window(depth, depth + SLACK)
         num_passages = len(self.passage_ids)
         depth = min(depth, num_passages)
@@ -101,7 +104,7 @@ class DenseIndex:
         for start in range(0, len(query_vectors), _QUERY_BLOCK):
             block = np.ascontiguousarray(query_vectors[start : start + _QUERY_BLOCK], dtype=np.float32)
             lengths = check_vectors(block, [f"query row {start + row}" for row in range(len(block))], self._similarity)
-            found, proposed = self._index.search(unit_vectors(block, lengths) if self._similarity == "cosine" else block, window)
+            found, proposed = self._propose(unit_vectors(block, lengths) if self._similarity == "cosine" else block, window)
             for row, query in enumerate(block):
                 floor = -np.inf if floors_Q is None else float(floors_Q[start + row])
                 reaches = self._may_reach(found[row], floor, lengths[row])
@@ -135,17 +138,42 @@ class DenseIndex:
         spread = {"cosine": 1.0, "dot": length * self._longest, "euclidean": (length + self._longest) ** 2}[self._similarity]
         return 2 * _ROUNDING * spread
 
-    def _add_blocks(self) -> float:
-        """Check and index all passages; return the greatest Euclidean length."""
+    def _propose(self, block: NDArray[np.float32], window: int) -> tuple[Scores, NDArray[np.int64]]:
+        """Return FAISS's scores and positions, [q, window] of each; on a CPU it searches the vectors as they lie, in no index."""
+        if self._gpu_index is not None:
+            found, proposed = self._gpu_index.search(block, window)
+            return found, proposed
+        metric = self._faiss.METRIC_L2 if self._similarity == "euclidean" else self._faiss.METRIC_INNER_PRODUCT
+        found, proposed = self._faiss.knn(block, self._searched, window, metric)
+        return found, proposed
+
+    def _check_blocks(self) -> float:
+        """Check all passages, and keep their lengths under cosine; return the greatest Euclidean length."""
         longest = 0.0
-        for start in range(0, len(self._vectors), _PASSAGE_BLOCK):
-            block = np.ascontiguousarray(self._vectors[start : start + _PASSAGE_BLOCK], dtype=np.float32)
+        for start, block in self._blocks():
             lengths = check_vectors(block, self.passage_ids[start : start + len(block)], self._similarity)
-            self._index.add(unit_vectors(block, lengths) if self._similarity == "cosine" else block)
             longest = max(longest, float(lengths.max()))
             if self._lengths_P is not None:
                 self._lengths_P[start : start + len(block)] = euclidean_lengths(block)
         return longest
+
+    def _searchable(self) -> NDArray[np.float32]:
+        """Return what FAISS is to search on a CPU: the vectors themselves, or at unit length under cosine; fill a GPU's index."""
+        has_unit_length = self._lengths_P is None or bool((np.abs(self._lengths_P - 1) <= _UNIT).all())
+        if self._gpu_index is None and has_unit_length:
+            return np.ascontiguousarray(self._vectors, dtype=np.float32)
+        copied = np.empty(self._vectors.shape if self._gpu_index is None else (0, 0), dtype=np.float32)
+        for start, block in self._blocks():
+            searched = block if self._lengths_P is None else unit_vectors(block, self._lengths_P[start : start + len(block)])
+            if self._gpu_index is not None:
+                self._gpu_index.add(searched)
+            else:
+                copied[start : start + len(block)] = searched
+        return copied
+
+    def _blocks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        for start in range(0, len(self._vectors), _PASSAGE_BLOCK):
+            yield start, np.ascontiguousarray(self._vectors[start : start + _PASSAGE_BLOCK], dtype=np.float32)
 
 
 def similarities(
@@ -206,11 +234,12 @@ def check_window(depth: int, window: int) -> None:
         )
 
 
-def _flat_index(width: int, similarity: Similarity, device: str) -> tuple[Any, bool]:
-    """An empty exact index on the device asked for, and whether that is a GPU."""
+def _gpu_index(width: int, similarity: Similarity, device: str) -> Any:
+    """An empty exact index on the GPU asked for; None for a CPU, which needs none."""
+    if not device.startswith("cuda"):
+        return None
     faiss = load_faiss()
-    index = faiss.IndexFlatL2(width) if similarity == "euclidean" else faiss.IndexFlatIP(width)
-    return on_device(index, device)
+    return on_device(faiss.IndexFlatL2(width) if similarity == "euclidean" else faiss.IndexFlatIP(width), device)[0]
 
 
 def installed_faiss() -> list[str]:

@@ -1,8 +1,9 @@
 """Miners that search vectors: dense ones by a FAISS index, sparse ones by products of CSR matrices, shard by shard of passages.
 
-Memory holds the vectors of ``[run] shard_passages`` passages, FAISS's copy of them, and 8 bytes per query and rank. Exact searches
-of shards merge by (score, passage_id) into what one search over all passages finds, to the id and the bit. An approximate index
-holds all passages itself; what it proposes is scored exactly in a second pass over the shards, where its recall is measured too.
+Memory holds the vectors of ``[run] shard_passages`` passages, under cosine their unit vectors where they are none, and 8 bytes per
+query and rank. Exact searches of shards merge by (score, passage_id) into what one search over all passages finds, to the id and
+the bit. An approximate index holds all passages itself; what it proposes is scored exactly in a second pass over the shards, where
+its recall is measured too.
 Q queries, P passages, D width, W proposals, K search depth.
 """
 

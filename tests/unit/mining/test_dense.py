@@ -79,6 +79,34 @@ def test_pair_scores_are_bit_equal_to_search(similarity: Any) -> None:
         np.testing.assert_array_equal(index.pair_scores(queries[row], positions_QK[row, :1]), scores_QK[row, :1])
 
 
+@pytest.mark.parametrize(
+    ("similarity", "unit", "is_copied"), [("dot", False, False), ("cosine", True, False), ("cosine", False, True)]
+)
+def test_vectors_are_searched_where_they_lie_unless_cosine_needs_them_of_unit_length(
+    similarity: Any, unit: bool, is_copied: bool
+) -> None:
+    queries, passages = vectors(17, 24, seed=1), vectors(5000, 24, seed=2)
+    if unit:
+        passages /= np.linalg.norm(passages, axis=1, keepdims=True)
+    index = DenseIndex(passages, [f"p{number}" for number in range(5000)], similarity=similarity, device="cpu")
+
+    positions_QK, _ = index.search_positions(queries, 30)
+
+    assert np.shares_memory(index._searched, passages) is not is_copied
+    np.testing.assert_array_equal(positions_QK, np.argsort(-brute_force(queries, passages, similarity), axis=1)[:, :30])
+
+
+@pytest.mark.parametrize("num_queries", [1, 19, 20, 1025])
+def test_however_many_queries_faiss_is_given_at_once_each_finds_the_same(num_queries: int) -> None:
+    queries, passages = vectors(1025, 16, seed=12), vectors(700, 16, seed=13)
+    index = DenseIndex(passages, [f"p{number:03d}" for number in range(700)], similarity="dot", device="cpu")
+
+    found = index.search_positions(queries[:num_queries], 40)
+
+    for ours, theirs in zip(found, index.search_positions(queries, 40), strict=True):
+        np.testing.assert_array_equal(ours, theirs[:num_queries])
+
+
 def test_no_filler_leaves_the_search() -> None:
     ids, scores = dense_search(vectors(2, 4, 8), vectors(3, 4, 9), ["a", "b", "c"], similarity="dot", depth=50, device="cpu")
 
@@ -142,7 +170,7 @@ def test_cuda_without_a_gpu_in_faiss_is_refused_and_never_falls_back() -> None:
 
 def test_a_depth_beyond_the_gpus_window_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     index = DenseIndex(vectors(2, 4, 1), ["a", "b"], similarity="dot", device="cpu")
-    monkeypatch.setattr(index, "_on_gpu", True)
+    monkeypatch.setattr(index, "_gpu_index", object())
 
     with pytest.raises(ValueError, match=r"depth 5000 on a GPU, where \d+ is the limit; lower it or use --set run.device=cpu"):
         index.search_positions(vectors(1, 4, 1), 5000)
