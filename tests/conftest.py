@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import signal
 import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub, which reads it once
 # Before any import of torch. Tests run a process per core: with two threads each they would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell that starts tests in the background has them ignore SIGINT, and so all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PRELOADED = Path(__file__).with_name("preloaded.py")
 collect_ignore = [PRELOADED.name]  # --doctest-modules would import it here
