@@ -19,7 +19,7 @@ from sparsekd.bank.sharing import Items, Part, SharedShards
 pytestmark = pytest.mark.slow
 
 WRITER = Path(__file__).with_name("write_subject.py")
-ROUNDS = 6
+ROUNDS = 3
 Count = Callable[[int], None]
 
 
