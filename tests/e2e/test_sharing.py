@@ -42,7 +42,7 @@ def last_line(process: Any) -> Path:
     return Path(stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kind", ["dense", "cross-encoder"])
+@pytest.mark.parametrize("kind", ["dense", pytest.param("cross-encoder", marks=pytest.mark.long)])
 def test_three_processes_do_the_work_of_one_once(make_workplace: Callable[..., Any], content_of: Content, kind: str) -> None:
     alone, shared = make_workplace(kind), make_workplace(kind)
     expected = alone.run("teacher_scores").folder

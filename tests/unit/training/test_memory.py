@@ -238,7 +238,7 @@ print(run(48 if fused else 8), [line for line in said if line.startswith("memory
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc")
-@pytest.mark.parametrize("head", ["fused", "library"])
+@pytest.mark.parametrize("head", ["fused", pytest.param("library", marks=pytest.mark.long)])
 def test_an_estimate_is_within_a_factor_of_2_of_what_the_process_grows_by(
     save_tiny_model: Callable[..., Path], tmp_path: Path, head: str
 ) -> None:
