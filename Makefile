@@ -18,9 +18,7 @@ FAST      := not slow and not gpu and not network
 MARKS     ?= not gpu and not network
 # A process per core, a file's tests in one of them: what a file sets up once stays so. Files in their order, which begins with the
 # longest, tests/e2e and tests/fuzz; by itself xdist begins with the files of most tests, and one core ends alone with the longest.
-SPREAD    := --dist=loadfile --no-loadscope-reorder --numprocesses
-# Slow tests wait for processes that they have started, so one more of them at a time.
-WAITING   := $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
+SPREAD    := --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: setup data train-teacher teacher-scores train-student evaluate report study test test-all faults lint bench gpu-check clean help FORCE
@@ -61,10 +59,10 @@ study: $(SETUP) $(DATA) ## Every member of RECIPE's [study] over one bank, their
 	$(RUN) pipeline/study.py $(RECIPE) $(OPTIONS)
 
 test: $(SETUP) ## Fast tests: offline, CPU
-	$(RUN) -m pytest $(SPREAD) auto -m "$(FAST)"
+	$(RUN) -m pytest $(SPREAD) -m "$(FAST)"
 
 test-all: $(SETUP) ## Fast and slow tests (faults, end to end); MARKS="slow" for a part
-	$(RUN) -m pytest $(SPREAD) $(WAITING) -m "$(MARKS)"
+	$(RUN) -m pytest $(SPREAD) -m "$(MARKS)"
 
 faults: $(SETUP) ## The fault matrix, in one process, and its table; make test-all runs it too
 	$(RUN) -m pytest -n 0 -q tests/faults
