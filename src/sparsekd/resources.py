@@ -27,9 +27,7 @@ from sparsekd.recipe import (
     DenseMiner,
     FileTeacher,
     Miner,
-    RunMiner,
     SparseMiner,
-    Student,
     Teacher,
 )
 
@@ -177,6 +175,7 @@ class _Counted:
         self._plan = plan
         self._recipe = plan.recipe
         self._run = plan.recipe.run
+        self._models: dict[str, _Model | None] = {}
 
     def candidates(self) -> Need:
         asked = self._plan.mined_recipe.mining.asked
@@ -201,7 +200,7 @@ class _Counted:
                 phases.append(_Phase(f"teacher {teacher.name}'s index", ids + self._bm25, "lower collection.max_passages"))
             elif not isinstance(teacher, FileTeacher):
                 running = self._running(getattr(teacher, "model", None))
-                texts = _TEXT_TOKENS * self._text_bytes + _KEY * (self._num_passages + self._num_train_queries)
+                texts = self._read + _KEY * (self._num_passages + self._num_train_queries)
                 phases.append(_Phase(f"teacher {teacher.name} and its texts", ids + running + texts, "lower run.batch_tokens"))
         rows = min(self._num_positives, ROWS_PER_SHARD) * (labels.num_negatives + 1) * _CANDIDATE
         phases.append(_Phase("the table's rows", ids + rows, fewer))
@@ -261,12 +260,12 @@ class _Counted:
             vectors = self._vectors(miner.model, passages, copies=3) + self._vectors(miner.model, num_queries, copies=2)
             if miner.index != "flat":
                 vectors += 2 * self._vectors(miner.model, self._num_passages)
-            running = self._running(miner.model) + passages * _KEY + _TEXT_TOKENS * self._text_bytes
+            running = self._running(miner.model) + passages * _KEY + self._read
             smaller = "lower run.shard_passages or run.batch_tokens"
             return _Phase(f"{miner.kind} miner's vectors", vectors + running + answers, smaller)
         if isinstance(miner, SparseMiner):
             postings = 8 * _ACTIVE_DIMS * (3 * passages + 2 * num_queries)
-            running = self._running(miner.model) + passages * _KEY + _TEXT_TOKENS * self._text_bytes
+            running = self._running(miner.model) + passages * _KEY + self._read
             return _Phase(f"{miner.kind} miner's vectors", postings + running + answers, "lower run.shard_passages")
         return _Phase(f"{miner.kind} miner's lists", answers + (_CANDIDATE * num_queries * miner.depth), "lower its depth")
 
@@ -333,16 +332,12 @@ class _Counted:
         return 8 * _ACTIVE_DIMS * num_texts if isinstance(miner, SparseMiner) else 0
 
     def _references(self, users: Sequence[Any]) -> tuple[str, ...]:
-        return tuple(each.model for each in users if hasattr(each, "model") and not isinstance(each, RunMiner | Student))
+        return tuple(each.model for each in users if hasattr(each, "model"))
 
     def _model(self, reference: str) -> _Model | None:
         if reference not in self._models:
             self._models[reference] = _read_model(reference)
         return self._models[reference]
-
-    @cached_property
-    def _models(self) -> dict[str, _Model | None]:
-        return {}
 
 
 def _read_model(reference: str) -> _Model | None:
@@ -353,6 +348,8 @@ def _read_model(reference: str) -> _Model | None:
         return None
     for path in _configurations(folder):
         config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            continue
         width = config.get("hidden_size") or config.get("d_model") or config.get("dim")
         if not isinstance(width, int):
             continue
