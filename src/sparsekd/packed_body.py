@@ -239,6 +239,7 @@ def _attend_padded(
 def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, texts: _Texts, window: int | None, scaling: float | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     output = varlen_attn(
         query,
         key,
@@ -249,7 +250,7 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, texts: _Texts, win
         texts.longest,
         scale=scaling,
         window_size=(-1, -1) if window is None else (window, window),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     assert isinstance(output, Tensor)  # a pair only where more than the output is asked for
     return output

@@ -66,6 +66,7 @@ CHANGES: dict[str, str] = {
     "run.cache=elsewhere": "",
     "run.threads=2": "",
     "run.device=cuda": "",
+    "run.search_device=cpu": "",
     "run.batch_tokens=64": "",
     "run.shard_pairs=10": "",
     "run.shard=1/2": "",

@@ -79,6 +79,19 @@ def test_float32_is_within_1e_5_of_the_cpu(path: str, device: str) -> None:
     assert_near(step(splade_max, device, torch.float32), step(splade_max, "cpu", torch.float32), 1e-5)
 
 
+def test_float32_products_keep_more_than_tf32(path: str, device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, embeddings = (torch.randn(rows, 384, generator=generator) for rows in (sum(LENGTHS), VOCABULARY))
+    leaves = [hidden, embeddings, torch.full((VOCABULARY,), -40.0)]
+    expected = eager(*(leaf.double() for leaf in leaves), LENGTHS)
+
+    found = splade_max(*(leaf.to(device) for leaf in leaves), LENGTHS)
+
+    # A single TF32 product, 11 bits, errs by .01 here: 40 / 2^12.
+    assert float((found.cpu().double() - expected).abs().max()) < 1e-4
+    assert 0.02 < float((expected > 0).double().mean()) < 0.5
+
+
 def test_a_vocabulary_of_a_quarter_million(path: str, device: str) -> None:
     lengths = [70, 0, 5, 128]
     found, expected = (step(head, device, torch.float32, None, lengths, 250_002) for head in (splade_max, eager))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,10 @@ def attend(device: str, dtype: torch.dtype, window: int | None, num_key_heads: i
 def test_attention_and_gradients_equal_those_of_a_cpu(
     device: str, dtype: torch.dtype, window: int | None, num_key_heads: int
 ) -> None:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if num_key_heads != 4 and dtype != torch.float32 and "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+        pytest.skip(f"torch {torch.__version__}, older than pyproject.toml's: varlen_attn has no grouped queries")
     expected = attend("cpu", torch.float64, window, num_key_heads)
 
     found = attend(device, dtype, window, num_key_heads)
@@ -84,8 +90,10 @@ def test_attention_does_not_wait_for_the_device(device: str) -> None:
     states = [torch.randn(1, 4, sum(LENGTHS), 32, device=device) for _ in range(3)]
     ends = torch.tensor([0, *LENGTHS]).cumsum(0).int().to(device)
 
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls the mode a prototype
+            torch.cuda.set_sync_debug_mode("error")
         for dtype in (torch.float32, torch.bfloat16):
             own = [state.to(dtype) for state in states]
             packed_attention(torch.nn.Module(), *own, None, cu_seq_lens_q=ends, max_length_q=max(LENGTHS))

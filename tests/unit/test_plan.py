@@ -176,6 +176,7 @@ SETTINGS: list[tuple[list[str], str, set[str]]] = [
     ([], "evaluation.b=0.5", EVALUATION),
     ([], "run.cache=elsewhere", NONE),
     ([], "run.device=cuda", NONE),
+    ([], "run.search_device=cpu", NONE),
     ([], "run.memory_gb=64", NONE),
     ([], "run.threads=2", NONE),
     ([], "run.batch_tokens=64", NONE),

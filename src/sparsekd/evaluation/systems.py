@@ -85,7 +85,7 @@ def encoder_rankings(
         list(collection.passages),
         similarity=encoder.similarity,
         depth=DEPTH,
-        device=recipe.run.device,
+        device=recipe.run.search_device or recipe.run.device,
     )
     return _by_query(query_ids, ids, scores)
 

@@ -72,7 +72,8 @@ class ApproximateIndex:
             )
         if kind == "hnsw" and device.startswith("cuda"):
             raise ValueError(
-                f"[run] device = {device!r}: FAISS has no HNSW index for GPUs; use index = \"ivf-flat\" or --set run.device=cpu"
+                f"[run] device = {device!r}: FAISS has no HNSW index for GPUs; "
+                'use index = "ivf-flat" or --set run.search_device=cpu'
             )
         self._faiss = load_faiss()
         self._kind = kind

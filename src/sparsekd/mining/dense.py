@@ -220,7 +220,8 @@ def on_device(index: Any, device: str) -> tuple[Any, bool]:
     if num_gpus == 0 or number >= num_gpus:
         raise ValueError(
             f"[run] device = {device!r}, but FAISS sees {num_gpus} GPUs ({', '.join(installed_faiss()) or 'faiss'}); "
-            "use --set run.device=cpu, or install faiss-gpu in place of faiss-cpu: a fresh environment with make setup EXTRAS=gpu"
+            "use --set run.search_device=cpu, or install faiss-gpu in place of faiss-cpu: "
+            "a fresh environment with make setup EXTRAS=gpu"
         )
     return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), number, index), True
 
@@ -230,7 +231,7 @@ def check_window(depth: int, window: int) -> None:
     if window > _GPU_WINDOW:
         limit = depth + _GPU_WINDOW - window
         raise ValueError(
-            f"dense search: depth {depth} on a GPU, where {limit} is the limit; lower it or use --set run.device=cpu"
+            f"dense search: depth {depth} on a GPU, where {limit} is the limit; lower it or use --set run.search_device=cpu"
         )
 
 

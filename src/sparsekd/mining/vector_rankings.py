@@ -35,7 +35,8 @@ Floors = NDArray[np.float32] | None
 
 def dense_search_of(miner: DenseMiner, question: Question) -> Search:
     """Return what answers by a bi-encoder's own similarity. Raises ValueError for what the index refuses."""
-    source, device = question.source, question.recipe.run.device
+    run = question.recipe.run
+    source, device = question.source, run.search_device or run.device
     num_passages = len(question.collection.passages)
     parameters = {} if miner.index == "flat" else index_parameters(miner.index, num_passages, miner.depth)  # before encoding
     similarity, vectors_QD = source.similarity(miner), source.vectors(miner, question.queries, "query")

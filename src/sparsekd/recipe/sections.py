@@ -246,6 +246,9 @@ class Run(_Section):
     """Folder of the bank and of everything made."""
     device: str = Field(default="cpu", pattern=r"^(cpu|mps|cuda(:\d+)?)$")
     """torch device; ``cuda`` is used only when asked for, and refused where there is none."""
+    search_device: Literal["cpu"] | None = None
+    """Where FAISS searches: ``cpu`` where ``device`` is a GPU that FAISS cannot use, be it faiss-cpu that is installed or an index
+    without a GPU form; None searches on ``device``."""
     threads: int | None = Field(default=None, ge=1, le=4096)
     """Compute threads; None leaves torch's own choice."""
     batch_tokens: int = Field(default=8192, ge=16)

@@ -90,15 +90,15 @@ class _SpladeMax(torch.autograd.Function):
             term_A = (cell_A % num_terms).to(torch.int32)
             grad_hidden_TD = grad_embeddings_VD = grad_bias_V = None
             if needs_hidden:
-                sums_TD = _weighted_row_sums(embeddings_VD, weight_A, of=term_A, by=winner_A, num_sums=num_tokens)
-                grad_hidden_TD = sums_TD.to(hidden_TD.dtype)
+                by_token = _groups(winner_A, num_tokens)
+                grad_hidden_TD = _weighted_row_sums(embeddings_VD, weight_A, term_A, by_token).to(hidden_TD.dtype)
+            if needs_embeddings or needs_bias:
+                by_term = _groups(term_A, num_terms)
             if needs_embeddings:
-                sums_VD = _weighted_row_sums(hidden_TD, weight_A, of=winner_A, by=term_A, num_sums=num_terms)
-                grad_embeddings_VD = sums_VD.to(embeddings_VD.dtype)
+                grad_embeddings_VD = _weighted_row_sums(hidden_TD, weight_A, winner_A, by_term).to(embeddings_VD.dtype)
             if needs_bias:
                 ones_T1 = weight_A.new_ones(num_tokens, 1)
-                sums_V1 = _weighted_row_sums(ones_T1, weight_A, of=winner_A, by=term_A, num_sums=num_terms)
-                grad_bias_V = sums_V1.squeeze(1)
+                grad_bias_V = _weighted_row_sums(ones_T1, weight_A, winner_A, by_term).squeeze(1)
         return grad_hidden_TD, grad_embeddings_VD, grad_bias_V, None, None, None
 
 
@@ -253,11 +253,24 @@ def _padded_blocks(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield block
 
 
-def _weighted_row_sums(matrix: Tensor, weight_A: Tensor, *, of: Tensor, by: Tensor, num_sums: int) -> Tensor:
-    """Return [num_sums, D]: row s is the sum of ``weight * matrix[of]`` over the entries whose ``by`` is s, in their order."""
-    sorted_A, order_A = torch.sort(by, stable=True)
-    bounds = torch.searchsorted(sorted_A, torch.arange(num_sums + 1, dtype=torch.int32, device=by.device)).to(torch.int32)
-    of_A, weight_A, matrix = of[order_A], weight_A[order_A], matrix.to(weight_A.dtype)
+class _Groups(NamedTuple):
+    """Entries by group, in their order within it: ``order_A[bounds[s]:bounds[s + 1]]`` are those of group s."""
+
+    order_A: Tensor
+    bounds: Tensor
+
+
+def _groups(group_A: Tensor, num_groups: int) -> _Groups:
+    """Return where the entries of each group are."""
+    sorted_A, order_A = torch.sort(group_A, stable=True)
+    every = torch.arange(num_groups + 1, dtype=torch.int32, device=group_A.device)
+    return _Groups(order_A, torch.searchsorted(sorted_A, every).to(torch.int32))
+
+
+def _weighted_row_sums(matrix: Tensor, weight_A: Tensor, of_A: Tensor, groups: _Groups) -> Tensor:
+    """Return [groups, D]: row s is the sum of ``weight * matrix[of]`` over the entries of group s, in their order."""
+    order_A, bounds = groups
+    of_A, weight_A, matrix = of_A[order_A], weight_A[order_A], matrix.to(weight_A.dtype)
     if _has_kernels(matrix):
         from sparsekd.students.head_triton import weighted_row_sums
 

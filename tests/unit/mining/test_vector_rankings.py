@@ -50,8 +50,10 @@ def rank(make_recipe: Any, fields_of: Any, tmp_path_factory: pytest.TempPathFact
     collection = Collection({each: each[1:] for each in ids}, queries, {}, {})
     judged = [JudgedQuery(query_id, [f"p{number}", f"p{number + 50}"], []) for number, query_id in enumerate(queries)]
 
-    def run(miner: dict[str, Any], similarity: str = "dot", shard: int = 10**6, **mining: Any) -> Ranking:
-        recipe = make_recipe({"miners": [miner], **mining}, run={"shard_passages": shard})
+    def rank_by(
+        miner: dict[str, Any], similarity: str = "dot", shard: int = 10**6, run: dict[str, str] | None = None, **mining: Any
+    ) -> Ranking:
+        recipe = make_recipe({"miners": [miner], **mining}, run={"shard_passages": shard, **(run or {})})
         source = NumberedVectors(similarity)
         question, fields = Question(recipe, collection, judged, source), fields_of(recipe, collection, similarity)
         searches = Searches(question, cache=tmp_path_factory.mktemp("cache"), fields=fields)  # another each time: all is searched
@@ -60,7 +62,7 @@ def rank(make_recipe: Any, fields_of: Any, tmp_path_factory: pytest.TempPathFact
         assert source.longest <= max(shard, NUM_PASSAGES if "index" in miner else NUM_QUERIES)
         return found
 
-    return run
+    return rank_by
 
 
 @pytest.mark.parametrize("shard", [150, 2_999])
@@ -119,6 +121,20 @@ def test_shards_change_nothing_in_an_approximate_index(rank: Callable[..., Ranki
 def test_too_few_passages_to_train_on_are_refused_before_anything_is_encoded(rank: Callable[..., Ranking]) -> None:
     with pytest.raises(ValueError, match="3,000 passages are too few to train it, it needs 9,984"):
         rank({**DENSE, "index": "ivf-pq"})
+
+
+def test_vectors_of_a_gpu_are_searched_on_the_cpu_where_asked(rank: Callable[..., Ranking]) -> None:
+    faiss = pytest.importorskip("faiss")
+    if faiss.get_num_gpus() > 0:
+        pytest.skip("this FAISS has a GPU")
+    expected = rank(DENSE)
+
+    found = rank(DENSE, run={"device": "cuda", "search_device": "cpu"})
+
+    np.testing.assert_array_equal(found.positions_QK, expected.positions_QK)
+    np.testing.assert_array_equal(found.scores_QK, expected.scores_QK)
+    with pytest.raises(ValueError, match=r"FAISS sees 0 GPUs .*use --set run.search_device=cpu"):
+        rank(DENSE, run={"device": "cuda"})
 
 
 def test_recall_and_parameters_are_logged(rank: Callable[..., Ranking], caplog: pytest.LogCaptureFixture) -> None:
