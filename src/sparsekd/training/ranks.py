@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import functools
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -18,10 +19,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 _BUCKET_ELEMENTS = 1 << 23  # 32 MB of float32 are averaged at a time, beside the gradients themselves
 _WAITING_DAYS = 30  # the others wait as long as stage 1 takes; the launcher ends them if the first process dies
+_LEAVING_SECONDS = 300  # as long as torch waits for a process that is slow to start
 _DONE = "done"
 _said: list[str] | None = None  # by the first process while it leads
 
@@ -62,13 +66,26 @@ def join(device: str) -> None:
 
 @contextlib.contextmanager
 def leading() -> Iterator[None]:
-    """In the first process: ``call`` the others until the context ends, and let them go then."""
+    """In the first process: ``call`` the others until the context ends, and let them go then.
+
+    Where no launcher keeps the store, this waits until each of them has heard that: the store ends with this process.
+    """
     global _said
     _said = []
     try:
         yield
-    finally:
+    except BaseException:
         _say(_DONE)
+        raise
+    else:
+        _say(_DONE)
+        if not _has_launchers_store():
+            others = [f"left {other}" for other in range(1, num_processes())]
+            try:
+                _store().wait(others, datetime.timedelta(seconds=_LEAVING_SECONDS))
+            except dist.DistStoreError:
+                logger.warning("ranks: not all of %d other processes ended within %d s", len(others), _LEAVING_SECONDS)
+    finally:
         _said = None
 
 
@@ -79,6 +96,7 @@ def words() -> Iterator[str]:
         store.wait([f"word {number}"], datetime.timedelta(days=_WAITING_DAYS))
         word = store.get(f"word {number}").decode()
         if word == _DONE:
+            store.set(f"left {rank()}", "")
             return
         yield word
 
@@ -95,14 +113,17 @@ def _say(word: str) -> None:
     _said.append(word)
 
 
+def _has_launchers_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 @functools.cache
 def _store() -> Any:
     """Return the store where processes meet: the launcher's, or one that the first process keeps."""
-    is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(  # type: ignore[attr-defined]
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        is_master=is_first() and not is_launchers,
+        is_master=is_first() and not _has_launchers_store(),
         wait_for_workers=False,
     )
     return dist.PrefixStore(f"sparsekd {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsekd.recipe import Student
+from sparsekd.students import recomputation
 from sparsekd.students.building import build_student
 from sparsekd.students.fast import fast_student
 from sparsekd.students.recomputation import recomputed
@@ -60,6 +61,37 @@ def test_what_gelu_and_layer_norm_give_is_not_kept(student: Any, texts: list[str
 
     # Of each layer: the GELU's output, and the LayerNorm's before the feed-forward at least; padding only adds to it.
     assert whole - fewer >= 4 * tokens * layers * (wide + width)
+
+
+def test_what_several_layers_want_is_computed_once(student: Any, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def counted(self: Any) -> Tensor:
+        calls.append(self.node.name())
+        return computed(self)
+
+    computed = recomputation._Output._computed
+    monkeypatch.setattr(recomputation._Output, "_computed", counted)
+
+    with recomputed(student):
+        gradients(student, texts)
+
+    # One LayerNorm's output for query, key and value together, one for the feed-forward layer; two more around the layers.
+    layers = 2
+    assert calls.count("NativeLayerNormBackward0") <= 2 * layers + 2
+    assert layers <= calls.count("GeluBackward0") <= layers + 1
+
+
+def test_a_second_backward_pass_has_them_again(student: Any, texts: list[str]) -> None:
+    with recomputed(student):
+        torch.manual_seed(3)
+        loss = student(student.preprocess(texts))["sentence_embedding"].sum()
+        parameters = [value for value in student.parameters() if value.requires_grad]
+        first, second = (
+            torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for _ in range(2)
+        )
+
+    assert all(ours is None or torch.equal(ours, again) for ours, again in zip(first, second, strict=True) if again is not None)
 
 
 def test_after_the_context_everything_is_kept_again(student: Any, texts: list[str]) -> None:
