@@ -9,7 +9,7 @@ from sparsekd.plan import Plan
 from sparsekd.report.page import write_report
 from sparsekd.report.study import write_study
 from sparsekd.stage import run_stage
-from sparsekd.study import FailedMembersError, describe_study, member_plans, run_study, teacher_calls
+from sparsekd.study import FailedMembersError, describe_study, member_plans, require_members, run_study, teacher_calls
 
 
 def make(plan: Plan) -> Path:
@@ -24,4 +24,5 @@ def make(plan: Plan) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(run_stage(__doc__, make, ["candidates", "tables", "students", "evaluations"], describe=describe_study))
+    kinds = ["candidates", "tables", "students", "evaluations"]
+    sys.exit(run_stage(__doc__, make, kinds, describe=describe_study, require=require_members))

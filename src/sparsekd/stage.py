@@ -43,10 +43,12 @@ def run_stage(
     arguments: Sequence[str] | None = None,
     *,
     describe: Callable[[Plan, Sequence[str]], str] | None = None,
+    require: Callable[[Plan, Sequence[str]], None] = require,
 ) -> int:
     """Parse arguments, load the recipe, carry the stage out or print its plan; return the exit code.
 
-    ``kinds`` are the artifacts a dry run reports, in the order of work, in the words of ``describe`` if the stage has its own.
+    ``kinds`` are the artifacts a dry run reports, in the order of work, in the words of ``describe`` if the stage has its own;
+    ``require`` raises ValueError if they cannot fit into memory or on the disk.
     """
     options = _parser(description).parse_args(arguments)
     if options.shard is not None:

@@ -17,6 +17,7 @@ from sparsekd.experiment import Experiment
 from sparsekd.plan import Plan
 from sparsekd.provenance import heard_warnings
 from sparsekd.recipe import Member, study_members
+from sparsekd.resources import require
 from sparsekd.training.stopping import StoppedError
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,15 @@ def teacher_calls(members: Sequence[tuple[Member, Plan]]) -> TeacherCalls:
     counts = [(table.key, table.manifest["counts"]) for _, plan in members if (table := plan.hit("tables", plan.table_fields))]
     asked = sum({key: int(told.get("pairs_scored", 0)) for key, told in counts}.values())
     return TeacherCalls(asked, sum(int(told.get("pairs", 0)) for _, told in counts))
+
+
+def require_members(plan: Plan, kinds: Sequence[str]) -> None:
+    """Raise ValueError that names the first member that cannot fit into memory or on the disk; the recipe itself makes nothing."""
+    for member, each in member_plans(plan):
+        try:
+            require(each, kinds)
+        except ValueError as problem:
+            raise ValueError(f"[study] member {member.name}: {problem}") from problem
 
 
 def describe_study(plan: Plan, kinds: Sequence[str]) -> str:

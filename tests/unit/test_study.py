@@ -10,8 +10,9 @@ import pytest
 from sparsekd.artifact import publish
 from sparsekd.plan import Plan
 from sparsekd.recipe import Recipe, load_recipe, study_members
+from sparsekd.resources import require
 from sparsekd.stage import run_stage
-from sparsekd.study import FailedMembersError, describe_study, member_plans, teacher_calls
+from sparsekd.study import FailedMembersError, describe_study, member_plans, require_members, teacher_calls
 
 ONE = """
 [collection]
@@ -77,6 +78,18 @@ def test_a_member_is_the_recipe_with_its_overrides(load: Any) -> None:
     assert plan.overrides == ("training.seed=7", "labels.num_negatives=2")
     alone = Plan(load("", "training.seed=7", "labels.num_negatives=2"))
     assert plan.evaluation_fields() == alone.evaluation_fields()
+
+
+def test_what_cannot_fit_is_refused_by_member_and_not_by_the_recipe_alone(load: Any, tmp_path: Path) -> None:
+    kinds, settings = ["students"], ("run.memory_gb=4", "training.batch_size=4096", "student.max_length=128")
+    fits = load('members = [["training.batch_size=8"]]', *settings)
+
+    with pytest.raises(ValueError, match=r"^\[run\] students: it needs up to"):
+        require(Plan(fits, settings), kinds)
+    require_members(Plan(fits, settings), kinds)
+    with pytest.raises(ValueError, match=r"^\[study\] member .*max_steps=9.*: \[run\] students: it needs up to"):
+        require_members(Plan(load('members = [["training.batch_size=8"], ["training.max_steps=9"]]', *settings), settings), kinds)
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(
