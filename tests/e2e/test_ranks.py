@@ -22,73 +22,117 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.enable_soc
 ROOT = Path(__file__).resolve().parents[2]
 DROPOUT = "student.dropout=0.1"
 POLL_SECONDS = 0.005
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 Content = Callable[[Path, str], dict[str, bytes]]
 
 
-class Ranks:
-    """Processes of stage 2 as a launcher starts them, forked with the libraries imported: an interpreter each costs 10 seconds."""
+class Launched:
+    """Processes of stage 2 that train together, however they were started."""
+
+    def poll(self) -> int | None:
+        """Return the exit code once they have ended, None before."""
+        raise NotImplementedError
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        raise NotImplementedError
+
+    def kill_second(self) -> None:
+        """SIGKILL the process of rank 1 alone."""
+        raise NotImplementedError
+
+    def said(self) -> tuple[set[int | None], str, str]:
+        """Wait for all of them; return exit codes, and what they said to stdout and to stderr."""
+        raise NotImplementedError
+
+    def finish(self) -> tuple[Path, str, str]:
+        codes, stdout, log = self.said()
+        assert codes == {0}, log
+        return Path(stdout.splitlines()[-1]), stdout, log
+
+
+class Ranks(Launched):
+    """As a launcher without a store starts them, but forked with the libraries imported: an interpreter each costs 10 seconds."""
 
     def __init__(self, workplace: Any, *overrides: str, num_processes: int = 2) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        common = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+        size = str(num_processes)
+        common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         self.processes = [
-            workplace.start("train_student", *overrides, **common, RANK=str(rank), LOCAL_RANK=str(rank))
-            for rank in range(num_processes)
+            workplace.start("train_student", *overrides, **common, RANK=rank, LOCAL_RANK=rank, GLOO_SOCKET_IFNAME="lo")
+            for rank in map(str, range(num_processes))
         ]
 
     def poll(self) -> int | None:
-        """Return the first process's exit code, None while it runs."""
-        code: int | None = self.processes[0].poll()
-        return code
+        codes = [process.poll() for process in self.processes]
+        return None if None in codes else codes[0]
+
+    def terminate(self) -> None:
+        self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        for process in self.processes:
-            process.send_signal(signal.SIGKILL)
-        for process in self.processes:
-            process.communicate(timeout=30)
+        self._signal(signal.SIGKILL)
+        self.said()
 
-    def said(self) -> tuple[list[int], str, str]:
-        """Wait for all of them; return exit codes, and what all said to stdout and to stderr."""
+    def kill_second(self) -> None:
+        self.processes[1].send_signal(signal.SIGKILL)
+
+    def said(self) -> tuple[set[int | None], str, str]:
         said = [process.communicate(timeout=300) for process in self.processes]
-        codes = [process.returncode for process in self.processes]
+        codes = {process.returncode for process in self.processes}
         return codes, "".join(stdout for stdout, _ in said), "".join(stderr for _, stderr in said)
 
-    def finish(self) -> tuple[Path, str, str]:
-        codes, stdout, log = self.said()
-        assert set(codes) == {0}, log
-        return Path(stdout.splitlines()[-1]), stdout, log
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self.processes:
+            process.send_signal(number)
 
 
-def torchrun(workplace: Any, *overrides: str) -> subprocess.Popen[str]:
-    """Start two processes of stage 2 by torchrun."""
-    arguments = [argument for override in overrides for argument in ("--set", override)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT / "src"),
-        "HF_HUB_OFFLINE": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    return subprocess.Popen(
-        [sys.executable, *TORCHRUN, str(ROOT / "pipeline" / "train_student.py"), "recipe.toml", *arguments],
-        cwd=workplace.folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+class Torchrun(Launched):
+    """Two processes that torchrun starts and watches."""
+
+    def __init__(self, workplace: Any, *overrides: str) -> None:
+        arguments = [argument for override in overrides for argument in ("--set", override)]
+        script = str(ROOT / "pipeline" / "train_student.py")
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        self._process = subprocess.Popen(
+            [*torchrun, script, "recipe.toml", *arguments],
+            cwd=workplace.folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def terminate(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+
+    def kill_second(self) -> None:
+        started = psutil.Process(self._process.pid).children(recursive=True)
+        [second] = [each for each in started if each.environ().get("RANK") == "1"]
+        second.kill()
+
+    def said(self) -> tuple[set[int | None], str, str]:
+        started = psutil.Process(self._process.pid).children(recursive=True)
+        stdout, log = self._process.communicate(timeout=300)
+        assert not psutil.wait_procs(started, timeout=60)[1]
+        return {self._process.returncode}, stdout, log
+
+
+launchers = pytest.mark.parametrize("launcher", [Ranks, pytest.param(Torchrun, marks=pytest.mark.long)])
+
+
+def reach(process: Launched, cache: Path, step: int) -> None:
+    """Return when a checkpoint of ``step`` or later has begun to be written, or the process has ended."""
+    while process.poll() is None and newest_step(cache) < step:
+        time.sleep(POLL_SECONDS)
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
-
-
-def reach(process: Any, cache: Path, step: int) -> None:
-    """Return when a checkpoint of ``step`` or later has begun to be written, or the process has ended."""
-    while process.poll() is None and newest_step(cache) < step:
-        time.sleep(POLL_SECONDS)
 
 
 def newest_step(cache: Path) -> int:
@@ -100,10 +144,7 @@ def newest_step(cache: Path) -> int:
 def uninterrupted(make_workplace: Callable[..., Any]) -> tuple[Any, Path, str, str]:
     """A student that two processes of torchrun trained in one go, with dropout."""
     workplace = make_workplace()
-    process = torchrun(workplace, DROPOUT)
-    stdout, log = process.communicate(timeout=300)
-    assert process.returncode == 0, log
-    return workplace, Path(stdout.splitlines()[-1]), stdout, log
+    return workplace, *Torchrun(workplace, DROPOUT).finish()
 
 
 def test_two_processes_train_one_student_and_publish_it_once(uninterrupted: tuple[Any, Path, str, str]) -> None:
@@ -159,38 +200,37 @@ def test_killed_at_a_random_step_two_processes_end_with_the_same_weights(
     assert content_of(folder, "model.safetensors") == content_of(uninterrupted[1], "model.safetensors")
 
 
+@launchers
 def test_a_process_that_dies_takes_the_others_with_it_and_the_next_run_goes_on(
-    make_workplace: Callable[..., Any], uninterrupted: tuple[Any, Path, str, str], content_of: Content
+    make_workplace: Callable[..., Any], uninterrupted: tuple[Any, Path, str, str], content_of: Content, launcher: Any
 ) -> None:
     workplace = make_workplace()
-    process = torchrun(workplace, DROPOUT)
+    process = launcher(workplace, DROPOUT)
     reach(process, workplace.cache, 6)
-    started = psutil.Process(process.pid).children(recursive=True)
-    ranks = [each for each in started if each.environ().get("RANK") == "1"]
 
-    ranks[0].kill()
-    process.communicate(timeout=120)
+    process.kill_second()
+    codes, _, _ = process.said()
 
-    assert process.returncode != 0
-    assert not psutil.wait_procs(started, timeout=60)[1]
-    folder = Ranks(workplace, DROPOUT).finish()[0]
+    assert 0 not in codes
+    folder = launcher(workplace, DROPOUT).finish()[0]
     assert content_of(folder, "model.safetensors") == content_of(uninterrupted[1], "model.safetensors")
 
 
+@launchers
 def test_sigterm_saves_a_step_of_all_processes_and_the_next_run_goes_on_from_it(
-    make_workplace: Callable[..., Any], uninterrupted: tuple[Any, Path, str, str], content_of: Content
+    make_workplace: Callable[..., Any], uninterrupted: tuple[Any, Path, str, str], content_of: Content, launcher: Any
 ) -> None:
     workplace = make_workplace()
-    process = torchrun(workplace, DROPOUT)
+    process = launcher(workplace, DROPOUT)
     reach(process, workplace.cache, 6)
 
-    process.send_signal(signal.SIGTERM)
-    _, log = process.communicate(timeout=120)
+    process.terminate()
+    _, _, log = process.said()
 
     stopped = [line for line in log.splitlines() if line.startswith("stopped by SIGTERM after step ")]
     assert len(stopped) == 1, log
     assert "go on with: torchrun --nproc-per-node 2 pipeline/train_student.py recipe.toml --set student.dropout=0.1" in log
-    folder = Ranks(workplace, DROPOUT).finish()[0]
+    folder = launcher(workplace, DROPOUT).finish()[0]
     assert manifest_of(folder)["counts"]["resumed_from_step"] == int(stopped[0].split()[5])
     assert content_of(folder, "model.safetensors") == content_of(uninterrupted[1], "model.safetensors")
 
@@ -218,5 +258,5 @@ def test_two_processes_train_the_students_of_two_rounds(make_workplace: Callable
 def test_a_batch_that_cannot_be_divided_is_refused(make_workplace: Callable[..., Any]) -> None:
     codes, _, log = Ranks(make_workplace(), "training.batch_size=5").said()
 
-    assert codes == [2, 2]
+    assert codes == {2}
     assert "error: [training] batch_size = 5 cannot be divided among 2 processes; set a multiple of 2" in log

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sparsekd.recipe import Recipe
 from sparsekd.training import ranks
@@ -262,21 +261,31 @@ class _CountingAllocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known_before = [leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        known_before = [tensor.untyped_storage() for tensor in _tensors((args, kwargs))]
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                if all(storage is not other for other in known_before) and storage not in self._known:
-                    self._known.add(storage)
-                    size = storage.nbytes()
-                    self.living += size
-                    self.peak = max(self.peak, self.living)
-                    weakref.finalize(storage, self._freed, size).atexit = False
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if all(storage is not other for other in known_before) and storage not in self._known:
+                self._known.add(storage)
+                size = storage.nbytes()
+                self.living += size
+                self.peak = max(self.peak, self.living)
+                weakref.finalize(storage, self._freed, size).atexit = False
         return result
 
     def _freed(self, size: int) -> None:
         self.living -= size
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of an operation's arguments or results, which stand in tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
 
 
 def _gigabytes(size: float) -> str:
