@@ -116,6 +116,13 @@ class Workplace:
         self.folder, self.cache = folder, folder / "cache"
         (folder / "recipe.toml").write_text(recipe, encoding="utf-8")
 
+    def mine_by_bm25_alone(self) -> None:
+        """Let workers start in 2 seconds in place of 13: nothing of this recipe but a model teacher needs torch then."""
+        path = self.folder / "recipe.toml"
+        recipe = path.read_text(encoding="utf-8")
+        start, end = recipe.rindex("[[mining.miners]]"), recipe.index("[[teachers]]")
+        path.write_text(recipe[:start].replace("quota = 3", "quota = 6") + recipe[end:], encoding="utf-8")
+
     def start(self, script: str, *overrides: str, **environment: str) -> ForkedStage:
         """Start a stage script with overrides, and with more environment variables than there are."""
         return ForkedStage(self.folder, str(ROOT / "pipeline" / f"{script}.py"), _arguments(overrides), environment)

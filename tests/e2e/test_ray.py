@@ -113,14 +113,16 @@ Place = Callable[..., Any]
 
 @pytest.fixture
 def make_place(make_workplace: Place) -> Place:
-    """Return ``make_place(seconds, poison)``: a workplace whose teacher takes so long a shard, and dies of that passage."""
+    """Return ``make_place(seconds, dense=False)``: a workplace whose teacher takes so long a shard."""
 
-    def make(seconds: float = 0.0, poison: str = "") -> Any:
+    def make(seconds: float = 0.0, dense: bool = False) -> Any:
         place = make_workplace()
+        if not dense:
+            place.mine_by_bm25_alone()
         path = place.folder / "recipe.toml"
         recipe = path.read_text(encoding="utf-8")
         path.write_text(recipe[: recipe.index("[[teachers]]")] + TEACHER + recipe[recipe.index("[labels]") :], encoding="utf-8")
-        (place.folder / "judges.py").write_text(JUDGE.format(seconds=seconds, poison=poison), encoding="utf-8")
+        (place.folder / "judges.py").write_text(JUDGE.format(seconds=seconds, poison=""), encoding="utf-8")
         return place
 
     return make
@@ -148,34 +150,47 @@ def wait_for_scores(place: Any, process: Any) -> None:
         time.sleep(0.05)
 
 
-def test_whoever_is_lost_the_cluster_gives_the_bytes_of_one_process(
-    second_node: list[Node], make_place: Place, content_of: Content
-) -> None:
-    alone = make_place()
+def assert_bytes_of_one_process(place: Any, folder: Path, alone: Any, content_of: Content) -> None:
     expected = alone.folder / alone.run("teacher_scores").folder
-    places = {name: make_place(seconds) for name, seconds in (("nobody", 0.0), ("driver", 0.3), ("node", 0.3))}
+    assert folder.name == expected.name
+    assert content_of(folder, "*.arrow") == content_of(expected, "*.arrow")
+    assert read_manifest(folder)["files"] == read_manifest(expected)["files"]
+    assert banked_rows(place) == banked_rows(alone)
 
-    folders = {"nobody": finished(places["nobody"], start(places["nobody"]))}
 
-    process = start(places["driver"])
-    wait_for_scores(places["driver"], process)
+def test_the_cluster_gives_the_bytes_of_one_process(second_node: list[Node], make_place: Place, content_of: Content) -> None:
+    place = make_place(dense=True)
+
+    folder = finished(place, start(place))
+
+    assert_bytes_of_one_process(place, folder, make_place(dense=True), content_of)
+    assert not list(place.cache.glob(".seen-by-all-*"))
+
+
+def test_a_lost_driver_run_again_redoes_nothing(second_node: list[Node], make_place: Place, content_of: Content) -> None:
+    place = make_place(seconds=0.3)
+    process = start(place)
+    wait_for_scores(place, process)
+
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    folders["driver"] = finished(places["driver"], start(places["driver"]))
+    folder = finished(place, start(place))
 
-    process = start(places["node"])
-    wait_for_scores(places["node"], process)
+    assert_bytes_of_one_process(place, folder, make_place(), content_of)
+
+
+def test_the_shards_of_a_lost_node_run_elsewhere(second_node: list[Node], make_place: Place, content_of: Content) -> None:
+    place = make_place(seconds=0.3)
+    process = start(place)
+    wait_for_scores(place, process)
+
     second_node.pop().kill()
-    folders["node"] = finished(places["node"], process)
+    folder = finished(place, process)
     second_node.append(Node("--address", ADDRESS))
     wait_for_nodes(2)
 
-    for name, folder in folders.items():
-        assert folder.name == expected.name, name
-        assert content_of(folder, "*.arrow") == content_of(expected, "*.arrow"), name
-        assert read_manifest(folder)["files"] == read_manifest(expected)["files"], name
-        assert banked_rows(places[name]) == banked_rows(alone), name
-        assert not list(places[name].cache.glob(".seen-by-all-*")) or name == "driver", name
+    assert_bytes_of_one_process(place, folder, make_place(), content_of)
+    assert not list(place.cache.glob(".seen-by-all-*"))
 
 
 def test_a_passage_that_kills_is_named_with_exit_3(second_node: list[Node], make_place: Place) -> None:

@@ -130,6 +130,7 @@ identity = {v = "1"}
 
 def test_a_passage_that_kills_is_named_with_exit_3_and_all_other_pairs_are_banked(make_workplace: Callable[..., Any]) -> None:
     place = make_workplace()
+    place.mine_by_bm25_alone()
     path = place.folder / "recipe.toml"
     recipe = path.read_text(encoding="utf-8")
     path.write_text(recipe[: recipe.index("[[teachers]]")] + TEACHER + recipe[recipe.index("[labels]") :], encoding="utf-8")
