@@ -217,7 +217,7 @@ def said(run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         arguments[name] = ["recipe.toml", *paths, *run]
     write(place / "odd", odd_files())
     arguments["odd"] = ["recipe.toml", "--set", "collection.path=odd", "--set", "run.cache=odd/cache"]
-    return place, run_cases(PROGRAM, "teacher_scores", arguments, place)
+    return place, run_cases(PROGRAM, "teacher_scores", arguments, place, light=True)
 
 
 @pytest.mark.parametrize("name", BAD)

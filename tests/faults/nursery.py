@@ -8,6 +8,7 @@ A child writes to PID.out and PID.err in its folder. It has one thread, so that 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -20,6 +21,8 @@ def main() -> None:
     """Serve until the input ends."""
     for name in sys.argv[1:]:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # children would look at all of it, .5 s each time that a trainer collects garbage
     for line in sys.stdin:
         verb, *request = json.loads(line)
         answer = start(*request) if verb == "start" else os.waitstatus_to_exitcode(os.waitpid(request[0], 0)[1])

@@ -19,7 +19,7 @@ import pytest
 
 from sparsekd.labels.score_table import ScoreTable
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """

@@ -138,10 +138,10 @@ def run_rank(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def split(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[tuple[str, str], dict[str, Any]]]]:
+def split(tmp_path_factory: pytest.TempPathFactory, fork_server: None) -> dict[int, list[dict[tuple[str, str], dict[str, Any]]]]:
     """Results of every rank, by number of processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(run_rank, args=(str(folder),), nprocs=4)
+    multiprocessing.start_processes(run_rank, args=(str(folder),), nprocs=4, start_method="forkserver")
     return {size: [torch.load(folder / f"rank-{rank}-of-{size}.pt") for rank in range(size)] for size in (2, 4)}
 
 
@@ -158,7 +158,6 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # four processes import everything first
 @pytest.mark.parametrize("name", ["whole", "cached"])
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("case", CASES)
