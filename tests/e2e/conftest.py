@@ -127,6 +127,12 @@ class Workplace:
         """Start a stage script with overrides, and with more environment variables than there are."""
         return ForkedStage(self.folder, str(ROOT / "pipeline" / f"{script}.py"), _arguments(overrides), environment)
 
+    def fork(self, program: str, *arguments: str) -> ForkedStage:
+        """Start a program that is no stage."""
+        path = self.folder / "program.py"
+        path.write_text(program, encoding="utf-8")
+        return ForkedStage(self.folder, str(path), list(arguments), {})
+
     def run(self, script: str, *overrides: str) -> Finished:
         """Carry a stage out; fail with its log if it does not exit with 0."""
         process = self.start(script, *overrides)

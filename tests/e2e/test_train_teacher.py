@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,13 +61,11 @@ def refusals(workplace: Any, cases: dict[str, tuple[str, str]]) -> dict[str, str
     told = {
         name: [str(ROOT / "pipeline" / f"{script}.py"), [recipe, "--set", override]] for name, (script, override) in cases.items()
     }
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(told)], env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    process = workplace.fork(PROGRAM, json.dumps(told))
+    stdout, stderr = process.communicate(timeout=600)
+    assert process.returncode == 0, stderr
     messages = {}
-    for name, (code, out, log) in json.loads(done.stdout).items():
+    for name, (code, out, log) in json.loads(stdout).items():
         errors = [line for line in log.splitlines() if line.startswith("error: ")]
         assert (code, out, len(errors)) == (2, "", 1), (name, log)
         messages[name] = errors[0]
