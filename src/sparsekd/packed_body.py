@@ -210,7 +210,8 @@ def _texts(cu_seq_lens: Tensor, longest: int, num_tokens: int) -> _Texts:
     global _latest
     latest = _latest
     # A tensor made in inference mode cannot be kept for a backward pass.
-    if latest is None or latest.cu_seq_lens is not cu_seq_lens or latest.inference != torch.is_inference_mode_enabled():
+    asked = (longest, num_tokens, torch.is_inference_mode_enabled())
+    if latest is None or latest.cu_seq_lens is not cu_seq_lens or (latest.longest, latest.num_tokens, latest.inference) != asked:
         _latest = latest = _Texts(cu_seq_lens, longest, num_tokens)
     return latest
 

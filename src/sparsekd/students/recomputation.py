@@ -83,7 +83,7 @@ def _hooked(module: nn.Module, epsilons: Mapping[int, float]) -> Iterator[None]:
     outer, forward = vars(module).get("forward"), module.forward
 
     def hooked(*args: Any, **kwargs: Any) -> Any:
-        if any(parameter.device.type != "cpu" for parameter in module.parameters()):
+        if next(module.parameters()).device.type != "cpu":
             return forward(*args, **kwargs)
         outputs: dict[Any, _Output] = {}
         with saved_tensors_hooks(lambda tensor: _pack(tensor, epsilons, outputs), _unpack):

@@ -74,19 +74,19 @@ def leading() -> Iterator[None]:
     _said = []
     try:
         yield
-    except BaseException:
-        _say(_DONE)
-        raise
-    else:
-        _say(_DONE)
-        if not _has_launchers_store():
-            others = [f"left {other}" for other in range(1, num_processes())]
-            try:
-                _store().wait(others, datetime.timedelta(seconds=_LEAVING_SECONDS))
-            except dist.DistStoreError:
-                logger.warning("ranks: not all of %d other processes ended within %d s", len(others), _LEAVING_SECONDS)
     finally:
+        _say(_DONE)
         _said = None
+    if not _has_launchers_store():
+        others = [f"left {other}" for other in range(1, num_processes())]
+        try:
+            _store().wait(others, datetime.timedelta(seconds=_LEAVING_SECONDS))
+        except dist.DistStoreError:
+            logger.warning(
+                "ranks: not all of %d other processes ended within %d s of this one; what it made is whole, see what they logged",
+                len(others),
+                _LEAVING_SECONDS,
+            )
 
 
 def words() -> Iterator[str]:

@@ -163,7 +163,9 @@ def test_cuda_without_a_gpu_in_faiss_is_refused_and_never_falls_back() -> None:
     if faiss.get_num_gpus() > 0:
         pytest.skip("this FAISS has a GPU")
 
-    message = r"device = 'cuda:0', but FAISS sees 0 GPUs \(faiss-.*use --set run.search_device=cpu, or install faiss-gpu"
+    message = (
+        r"device = 'cuda:0', but FAISS sees 0 GPUs \(faiss-.*use --set run.search_device=cpu, or install faiss-gpu in place of"
+    )
     with pytest.raises(ValueError, match=message):
         DenseIndex(vectors(2, 4, 1), ["a", "b"], similarity="dot", device="cuda:0")
 
@@ -172,7 +174,8 @@ def test_a_depth_beyond_the_gpus_window_is_refused(monkeypatch: pytest.MonkeyPat
     index = DenseIndex(vectors(2, 4, 1), ["a", "b"], similarity="dot", device="cpu")
     monkeypatch.setattr(index, "_gpu_index", object())
 
-    with pytest.raises(ValueError, match=r"depth 5000 on a GPU, where \d+ is the limit; .* --set run.search_device=cpu"):
+    message = r"depth 5000 on a GPU, where \d+ is the limit; lower it or use --set run.search_device=cpu"
+    with pytest.raises(ValueError, match=message):
         index.search_positions(vectors(1, 4, 1), 5000)
 
 
